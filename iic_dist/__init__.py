@@ -1,0 +1,3 @@
+"""Distributed training for Invariant Information Clustering with a contrastive head."""
+
+__version__ = "0.1.0"

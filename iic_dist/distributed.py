@@ -1,0 +1,183 @@
+"""The process group from the environment, and the few collectives that training uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from iic_dist.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the processes of a run; torchrun's environment, or a world of one."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, which torchrun sets."""
+        names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
+        if "RANK" not in os.environ:
+            return cls()
+        values = {field: int(os.environ[name]) for field, name in names.items()}
+        return cls(**values, local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", values["world_size"])))
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and prints."""
+        return self.rank == 0
+
+
+def choose_device(name: str, place: Place) -> torch.device:
+    """Resolve "auto", "cpu" or "cuda" to the device of this rank.
+
+    Raises:
+        UsageError: CUDA was asked for and is not there, or the machine has fewer GPUs than ranks.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"run.device={name!r}: must be auto, cpu or cuda")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("run.device='cuda': torch sees no CUDA device here; use --run.device cpu")
+    count = torch.cuda.device_count()
+    if place.local_world_size > count:
+        raise UsageError(
+            f"{place.local_world_size} ranks on a machine with {count} GPU(s): start torchrun with "
+            f"--nproc_per_node={count}, or use --run.device cpu"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def start(place: Place, device: torch.device, timeout_minutes: float) -> None:
+    """Join the process group that torchrun's environment names; nothing in a world of one.
+
+    NCCL carries CUDA tensors, gloo carries CPU tensors. The store is prefixed with the restart count, because
+    the agent's store outlives killed workers and their stale keys make a plain restart hang.
+    """
+    if "RANK" not in os.environ:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=timeout_minutes)
+    agent_owns_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        place.world_size,
+        is_master=place.rank == 0 and not agent_owns_store,
+        timeout=timeout,
+    )
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+    )
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of ranks in `group`; 1 without a process group."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """Return this process's rank in `group`; 0 without a process group."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum `tensor` over the ranks, in place, and return it.
+
+    Collective: all ranks must call. Not visible to autograd: callers own their gradient.
+    """
+    if world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def all_reduce_mean(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over all ranks, in place, with one collective for each dtype.
+
+    Collective: all ranks must call, with the same shapes.
+    """
+    if world_size() == 1:
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        chosen = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in chosen])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for tensor, mean in zip(chosen, flat.split([tensor.numel() for tensor in chosen]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def gather_sizes(size: int, group: dist.ProcessGroup | None = None) -> list[int]:
+    """Return every rank's `size`, in rank order.
+
+    Collective: all ranks must call; gathers one integer a rank.
+    Sync: on the host alone where the group carries CPU tensors, else waits for the device.
+    """
+    if world_size(group) == 1:
+        return [size]
+    device = "cpu" if "cpu:" in str(dist.get_backend_config(group)) else torch.cuda.current_device()
+    sizes = torch.empty(world_size(group), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([size], device=device), group=group)
+    return [int(value) for value in sizes.tolist()]
+
+
+def gather_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None = None) -> Tensor:
+    """Stack the rows of all ranks in rank order, without a gradient.
+
+    Args:
+        rows: (sizes[rank], ...), this rank's.
+        sizes: the number of rows of each rank, as `gather_sizes` returns it.
+
+    Collective: all ranks must call. Equal shards land in place; unequal ones are padded to the longest.
+    """
+    if world_size(group) == 1:
+        return rows
+    longest = max(sizes)
+    padded = rows.contiguous()
+    if rows.shape[0] < longest:
+        padded = torch.cat([padded, padded.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
+    gathered = padded.new_empty(len(sizes) * longest, *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    if min(sizes) == longest:
+        return gathered
+    return torch.cat([shard[:n] for shard, n in zip(gathered.split(longest), sizes, strict=True)])
+
+
+def broadcast_object(value: object) -> object:
+    """Return rank 0's `value` on every rank.
+
+    Collective: all ranks must call. Sync: waits on the host.
+    """
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,183 @@
+"""The losses of the global batch: local part -> collective -> op.
+
+Both return the value of the whole batch of all ranks on every rank. DDP averages gradients over the W ranks, so
+each local gradient carries a factor W: the average is then the gradient of the global loss, with any shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from iic_dist import distributed
+from iic_dist.ops import backend, iic, nt_xent
+
+
+class IICTerms(NamedTuple):
+    """The IIC loss of every sub-head and its parts, in nats; only `loss` carries a gradient.
+
+    Attributes:
+        loss: (H,); with entropy_weight 1 minus the mutual information, in [-ln K, 0].
+        mutual_information: (H,), in [0, ln K].
+        entropy: (H,), of the marginal; ln K where all clusters are used alike.
+        conditional_entropy: (H,), of one view's cluster given the other's; 0 where they are certain and agree.
+        joint: (H, K, K), symmetric, sums to one.
+    """
+
+    loss: Tensor
+    mutual_information: Tensor
+    entropy: Tensor
+    conditional_entropy: Tensor
+    joint: Tensor
+
+
+class _IICLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_a: Tensor, logits_b: Tensor, entropy_weight: float, group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, ...]:
+        kept = iic.iic_joint(logits_a, logits_b)
+        num_pairs = kept.joint_sum.new_full((1,), logits_b.shape[0])
+        packed = torch.cat([kept.joint_sum.flatten(), num_pairs])
+        distributed.all_reduce_sum(packed, group)
+        terms = iic.iic_information(packed[:-1].view_as(kept.joint_sum), packed[-1], entropy_weight)
+        ctx.save_for_backward(logits_a, logits_b, *kept, terms.joint_grad)
+        ctx.world_size = distributed.world_size(group)
+        outputs = terms[:5]
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits_a, logits_b, joint_sum, probs_a, probs_b, joint_grad = ctx.saved_tensors
+        scaled = joint_grad * (grads[0] * ctx.world_size).view(-1, 1, 1)
+        kept = iic.BatchJoint(joint_sum, probs_a, probs_b)
+        return *iic.iic_logits_grad(logits_a, logits_b, kept, scaled), None, None
+
+
+def iic_loss(
+    logits_a: Tensor,
+    logits_b: Tensor,
+    *,
+    entropy_weight: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    impl: str = "auto",
+) -> IICTerms:
+    """Compute the IIC loss of every sub-head over the global batch.
+
+        P = mean over pairs of z z'^T, made symmetric;  loss = -sum P (ln P - w (ln p_row + ln p_col))
+
+    Args:
+        logits_a: (N, H, K), float64, float32, bfloat16 or float16: the first view of N images, H sub-heads.
+        logits_b: (R*N, H, K), same dtype: R second views; repeat r of image i stands in row r*N + i.
+        entropy_weight: w > 0; above 1 it pushes harder towards clusters of equal size.
+        group: the ranks that share the batch; the default group if there is one.
+        impl: "auto", "fused" (raises if the extension is not there) or "torch".
+
+    Returns:
+        IICTerms in at least float32; `loss.sum()` or `.mean()` is what to differentiate.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit; the message quotes them.
+
+    Collective: all ranks must call; reduces H*K*K + 1 floats. None in the backward pass.
+    Source: Ji et al., ICCV 2019, equations 2, 3 and section 3.3 (w = lambda of the published code).
+    """
+    backend.choose(impl)
+    _check_logits(logits_a, logits_b)
+    return IICTerms(*_IICLoss.apply(logits_a, logits_b, float(entropy_weight), group))
+
+
+def _check_logits(logits_a: Tensor, logits_b: Tensor) -> None:
+    shapes = f"logits_a {tuple(logits_a.shape)} and logits_b {tuple(logits_b.shape)}"
+    if logits_a.dim() != 3 or logits_b.dim() != 3 or logits_a.shape[1:] != logits_b.shape[1:]:
+        raise ValueError(f"{shapes}: must be (N, H, K) and (R*N, H, K)")
+    if logits_a.numel() == 0 or logits_b.numel() == 0:
+        raise ValueError(f"{shapes}: an empty batch has no joint; give every rank at least one pair")
+    if logits_b.shape[0] % logits_a.shape[0]:
+        raise ValueError(f"{shapes}: the second views must be a whole multiple of the first ones")
+    if logits_a.dtype != logits_b.dtype or not logits_a.is_floating_point():
+        raise ValueError(f"logits of {logits_a.dtype} and {logits_b.dtype}: must be of one floating dtype")
+    if logits_a.device != logits_b.device:
+        raise ValueError(f"logits on {logits_a.device} and {logits_b.device}: must be on one device")
+
+
+class _NTXentLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, own: Tensor, sizes: Sequence[int], temperature: float, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        first_row = sum(sizes[: distributed.rank(group)])
+        z = distributed.gather_rows(own, sizes, group)
+        rows = nt_xent.nt_xent_rows(z, first_row, own.shape[0], temperature)
+        log_sum_exp, positive = distributed.gather_rows(torch.stack(rows, 1), sizes, group).unbind(1)
+        ctx.save_for_backward(z, log_sum_exp)
+        ctx.place = (first_row, own.shape[0], temperature)
+        ctx.world_size = distributed.world_size(group)
+        return (log_sum_exp - positive).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = nt_xent.nt_xent_rows_grad(*ctx.saved_tensors, *ctx.place)
+        return grad * (grads[0] * ctx.world_size), None, None, None
+
+
+def nt_xent_loss(
+    embeddings_a: Tensor,
+    embeddings_b: Tensor,
+    *,
+    temperature: float = 0.5,
+    group: dist.ProcessGroup | None = None,
+    impl: str = "auto",
+    shard_sizes: Sequence[int] | None = None,
+) -> Tensor:
+    """Compute the NT-Xent loss of the global batch: every embedding against the 2G - 1 others.
+
+        loss = mean_i [ logsumexp_{j != i}(s_ij) - s_i,pos(i) ],  s = cosine similarity / temperature
+
+    Args:
+        embeddings_a: (N, D), floating point, of any norm: the first view of N images.
+        embeddings_b: (N, D), same dtype: the second view.
+        temperature: > 0.
+        group: the ranks that share the batch; the default group if there is one.
+        impl: "auto", "fused" (raises if the extension is not there) or "torch".
+        shard_sizes: N of every rank in rank order, where the caller knows it; None asks the ranks, which costs a
+            round trip on the host.
+
+    Returns:
+        (), in at least float32; ln(2G - 1) where all embeddings are the same.
+
+    Raises:
+        ValueError: shapes, dtypes or temperature do not fit, or the global batch has a single image.
+
+    Collective: all ranks must call; gathers 2G x D and 2G x 2 floats. None in the backward pass.
+    Source: Chen et al., ICML 2020, equation 1.
+    """
+    backend.choose(impl)
+    _check_embeddings(embeddings_a, embeddings_b, temperature)
+    sizes = list(shard_sizes or distributed.gather_sizes(embeddings_a.shape[0], group))
+    if sum(sizes) < 2:
+        raise ValueError("a global batch of 1 image has no negatives: give at least 2 images over all ranks")
+    embeddings = torch.cat([embeddings_a, embeddings_b])
+    own = F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
+    result: Tensor = _NTXentLoss.apply(own, [2 * size for size in sizes], float(temperature), group)
+    return result
+
+
+def _check_embeddings(embeddings_a: Tensor, embeddings_b: Tensor, temperature: float) -> None:
+    shapes = f"embeddings_a {tuple(embeddings_a.shape)} and embeddings_b {tuple(embeddings_b.shape)}"
+    if embeddings_a.dim() != 2 or embeddings_a.shape != embeddings_b.shape:
+        raise ValueError(f"{shapes}: must both be (N, D)")
+    if embeddings_a.numel() == 0:
+        raise ValueError(f"{shapes}: an empty batch has no pairs; give every rank at least one")
+    if embeddings_a.dtype != embeddings_b.dtype or not embeddings_a.is_floating_point():
+        raise ValueError(
+            f"embeddings of {embeddings_a.dtype} and {embeddings_b.dtype}: must be of one floating dtype"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be above 0")

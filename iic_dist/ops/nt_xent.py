@@ -1,0 +1,78 @@
+"""The two steps of NT-Xent on one rank: log-sum-exp of its rows, gradient of its rows.
+
+Both walk over blocks of rows, so that no 2G x 2G matrix exists. The collectives stand in `iic_dist.losses`.
+Source: Chen et al., SimCLR, ICML 2020, equation 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 21
+"""Similarities held at once: 8 MiB in float32, and larger blocks are not faster on a CPU."""
+
+
+def _blocks(num_rows: int, num_columns: int) -> Iterator[tuple[int, int]]:
+    rows = max(1, BLOCK_ELEMENTS // num_columns)
+    for start in range(0, num_rows, rows):
+        yield start, min(start + rows, num_rows)
+
+
+def _partner(rows: Tensor) -> Tensor:
+    """The other view of each row of [a; b]."""
+    a, b = rows.chunk(2)
+    return torch.cat([b, a])
+
+
+def nt_xent_rows(z: Tensor, first_row: int, num_rows: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Compute lse_{j != i} s_ij and s_i,pos(i) with s = z z^T / temperature, for the rows of this rank.
+
+    Args:
+        z: (2G, D), unit rows of all ranks; each rank's own stand together as [a; b].
+        first_row: where this rank's rows begin.
+        num_rows: 2N, how many they are.
+        temperature: > 0.
+
+    Returns:
+        (2N,) log-sum-exps and (2N,) similarities of the positive pairs, both divided by the temperature.
+    """
+    own = z[first_row : first_row + num_rows] / temperature
+    log_sum_exp = own.new_empty(num_rows)
+    for start, stop in _blocks(num_rows, z.shape[0]):
+        similarity = own[start:stop] @ z.T
+        similarity.diagonal(first_row + start).fill_(float("-inf"))
+        log_sum_exp[start:stop] = torch.logsumexp(similarity, 1)
+    positive = (own * _partner(z[first_row : first_row + num_rows])).sum(1)
+    return log_sum_exp, positive
+
+
+def nt_xent_rows_grad(
+    z: Tensor, log_sum_exp: Tensor, first_row: int, num_rows: int, temperature: float
+) -> Tensor:
+    """Compute the gradient of the mean loss with respect to the unit rows of this rank.
+
+        dz_i = 1 / (2G temperature) * [sum_{j != i} (p_ij + p_ji) z_j - 2 z_pos(i)]
+
+    Args:
+        z: (2G, D), as in `nt_xent_rows`.
+        log_sum_exp: (2G,), of all ranks' rows.
+        first_row: where this rank's rows begin.
+        num_rows: 2N, how many they are.
+        temperature: > 0.
+
+    Returns:
+        (2N, D).
+    """
+    own = z[first_row : first_row + num_rows] / temperature
+    own_log_sum_exp = log_sum_exp[first_row : first_row + num_rows]
+    grad = _partner(z[first_row : first_row + num_rows]).mul_(-2)
+    for start, stop in _blocks(num_rows, z.shape[0]):
+        similarity = own[start:stop] @ z.T
+        similarity.diagonal(first_row + start).fill_(float("-inf"))
+        weight = (similarity - own_log_sum_exp[start:stop, None]).exp_()
+        weight += similarity.sub_(log_sum_exp).exp_()
+        grad[start:stop].addmm_(weight, z)
+    return grad.div_(z.shape[0] * temperature)
