@@ -1,0 +1,50 @@
+# make demo | test | test-all | lint | clean. Everything is installed first, once.
+#
+# PYTHON  interpreter to use (3.11 or newer). If it has torch and torchvision, its own environment is used as it is
+#         and the rest is added to it; else a virtual environment is made in VENV.
+# SEED    of the demo; RANKS of the demo.
+
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+RANKS ?= 2
+
+HAS_TORCH := $(shell $(PYTHON) -c 'import importlib.util as u; print(all(map(u.find_spec, ("torch", "torchvision"))))' 2>/dev/null)
+ifeq ($(HAS_TORCH),True)
+PY := $(PYTHON)
+STAMP := .installed-$(shell $(PYTHON) -c 'import hashlib, sys; print(hashlib.sha256(sys.prefix.encode()).hexdigest()[:8])')
+else
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+endif
+
+.PHONY: install demo test test-all lint clean
+
+install: $(STAMP)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml setup.py | $(if $(filter True,$(HAS_TORCH)),,$(VENV)/bin/python)
+	$(PY) -c 'import torch, torchvision' 2>/dev/null || $(PY) -m pip install -q torch torchvision
+	$(PY) -m pip install -q 'setuptools>=77' wheel ninja pybind11
+	$(PY) -m pip install -q --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(PY) -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) -m iic_dist.train --config digits --run.seed $(SEED)
+	@$(PY) -m iic_dist.evaluate --run "$$(ls -td runs/digits-*/ | head -1)" --kmeans | tail -1
+
+test: $(STAMP)
+	$(PY) -m pytest -m 'not slow'
+
+test-all: $(STAMP)
+	$(PY) -m pytest
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) .installed-* build *.egg-info

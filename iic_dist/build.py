@@ -1,0 +1,164 @@
+"""From a config to the pieces of a run: its images, its views, its network, its folder."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from iic_dist import distributed
+from iic_dist.augment import Views, policy
+from iic_dist.config import Config
+from iic_dist.data import ImageSet, load_image_set
+from iic_dist.distributed import Place
+from iic_dist.errors import UsageError
+from iic_dist.models import ClusterNet, ProjectionHead, SubHeads, build_backbone
+
+
+@dataclass
+class RunData:
+    """The images of a run.
+
+    Attributes:
+        train: What all heads train on.
+        evaluation: What the clusters are judged on; may be the same object.
+        unlabelled: More images for the overclustering and contrastive heads, or None.
+        unreadable: Files of an image folder that were passed over, with the reason.
+    """
+
+    train: ImageSet
+    evaluation: ImageSet
+    unlabelled: ImageSet | None = None
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+
+def load_data(config: Config, place: Place) -> RunData:
+    """Load what `config.data` names; local rank 0 goes first, because it may have to download.
+
+    Collective: all ranks must call.
+    """
+    data = config.data
+    unreadable: list[tuple[str, str]] = []
+
+    def load(split: str) -> ImageSet:
+        return load_image_set(
+            data.name,
+            Path(data.root),
+            split,
+            image_size=data.image_size,
+            folder_labels=data.folder_labels,
+            download=data.download and place.local_rank == 0,
+            progress=config.monitor.progress and place.is_main,
+            unreadable=unreadable,
+        )
+
+    if place.local_rank != 0:
+        distributed.barrier()
+    train = load(data.train_on)
+    evaluation = train if data.evaluate_on == data.train_on else load(data.evaluate_on)
+    unlabelled = load("unlabelled") if data.unlabelled else None
+    if place.local_rank == 0:
+        distributed.barrier()
+    return RunData(train, evaluation, unlabelled, unreadable)
+
+
+def complete(config: Config, train: ImageSet) -> Config:
+    """Return a copy of `config` in which nothing is left to be chosen from the images.
+
+    Raises:
+        UsageError: the number of clusters is not given and the images have no classes to count.
+    """
+    config = copy.deepcopy(config)
+    if config.model.num_clusters is None:
+        if train.num_classes < 2:
+            raise UsageError(
+                f"{train.name} has no classes to count: say how many clusters you want with --model.num_clusters"
+            )
+        config.model.num_clusters = train.num_classes
+    channels = train.images.shape[1]
+    views = build_views(config, train)
+    config.views.size = views.size
+    if config.views.mean is None and config.views.std is None and views.channels(channels) == channels:
+        # A sample of 10,000 images fixes both to three digits; the mean over all would hold a float copy of them.
+        pixels = train.images[:: max(1, len(train.images) // 10_000)].float() / 255
+        config.views.mean = [round(value, 4) for value in pixels.mean((0, 2, 3)).tolist()]
+        config.views.std = [round(max(value, 1e-3), 4) for value in pixels.std((0, 2, 3)).tolist()]
+    return config
+
+
+def build_views(config: Config, train: ImageSet) -> Views:
+    """Make the view policy of a complete config for these images."""
+    views = config.views
+    return policy(
+        views.policy,
+        image_size=train.images.shape[-1],
+        channels=train.images.shape[1],
+        seed=config.run.seed,
+        repeats=views.repeats,
+        size=views.size,
+        mean=views.mean,
+        std=views.std,
+        crop_area=views.crop_area,
+        crop_sides=views.crop_sides,
+        rotation=views.rotation,
+        flip=views.flip,
+        jitter=views.jitter,
+        gray=views.gray,
+        blur=views.blur,
+        sobel=views.sobel,
+    )
+
+
+def build_model(config: Config, in_channels: int, image_size: int) -> ClusterNet:
+    """Build the network of a complete config; its initial weights are a function of `run.seed`."""
+    model = config.model
+    assert model.num_clusters is not None, "complete() comes first"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        backbone = build_backbone(
+            model.backbone,
+            in_channels=in_channels,
+            image_size=image_size,
+            norm=model.norm,
+            pretrained=model.pretrained,
+        )
+        features = backbone.num_features
+        heads: dict[str, torch.nn.Module] = {
+            "clustering": SubHeads(features, model.sub_heads, model.num_clusters, model.head_init_std)
+        }
+        if model.num_overclusters:
+            heads["overclustering"] = SubHeads(
+                features, model.sub_heads, model.num_overclusters, model.head_init_std
+            )
+        if model.projection_dim:
+            heads["contrastive"] = ProjectionHead(
+                features, model.projection_dim, model.projection_hidden, norm=model.norm
+            )
+    return ClusterNet(backbone, heads, freeze_backbone=model.freeze_backbone)
+
+
+def run_folder(config: Config) -> Path:
+    """Choose the folder of the run: its name, or the data set's name and the next free number.
+
+    A restart by torchrun goes on in the newest folder of that name instead of opening another.
+
+    Raises:
+        UsageError: the name is not a plain file name.
+
+    Collective: all ranks must call; rank 0's answer counts.
+    """
+    root = Path(config.run.root)
+    name = config.run.name
+    if name is not None and (not re.fullmatch(r"[A-Za-z0-9._-]+", name) or set(name) == {"."}):
+        raise UsageError(f"run.name={name!r}: use letters, digits, '.', '_' and '-' alone")
+    if name is None and distributed.rank() == 0:
+        stem = re.sub(r"[^A-Za-z0-9]+", "-", config.data.name.rstrip("/").rsplit("/", 1)[-1]).strip("-") or "run"
+        taken = [path.name.removeprefix(f"{stem}-") for path in root.glob(f"{stem}-*")]
+        newest = max((int(number) for number in taken if number.isdecimal()), default=0)
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and newest > 0
+        name = f"{stem}-{newest if restarted else newest + 1}"
+    return root / str(distributed.broadcast_object(name))

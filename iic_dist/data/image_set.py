@@ -1,0 +1,29 @@
+"""A set of images in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one size with, where they are known, their labels.
+
+    Attributes:
+        name: What it was loaded by, such as "digits" or "folder:photos".
+        images: (M, C, H, W) uint8 on the CPU, contiguous; C is 1 (gray) or 3 (RGB).
+        labels: (M,) int64, or None where nothing is labelled. -1: this image has no label, ignore it.
+        class_names: The name of class i at place i; empty without labels.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labelled classes; 0 without labels."""
+        return len(self.class_names)

@@ -1,0 +1,82 @@
+"""Evaluate: `python -m iic_dist.evaluate --run runs/NAME` repeats the final figures of a run from its checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from iic_dist import distributed, metrics, report
+from iic_dist.build import load_data
+from iic_dist.config import parse
+from iic_dist.distributed import Place
+from iic_dist.errors import UsageError
+from iic_dist.train import say, use_threads
+from iic_dist.trainer import Trainer
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m iic_dist.evaluate",
+        description="Evaluate the newest checkpoint of a run; also under torchrun, with the same figures.",
+    )
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of the run, runs/NAME")
+    parser.add_argument("--json", action="store_true", help="print the contents of result.json and nothing else")
+    parser.add_argument("--kmeans", action="store_true", help="also cluster the raw pixels with k-means, to compare")
+    parser.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="-- --GROUP.FIELD VALUE", help="settings of the run to change"
+    )
+    return parser.parse_args()
+
+
+def evaluate(run: Path, place: Place, changes: list[str]) -> tuple[Trainer, dict[str, Any]]:
+    """Load a run and evaluate it.
+
+    Args:
+        run: Its folder.
+        changes: Options as those of the training that replace what the run was trained with, such as
+            ["--data.evaluate_on", "test"].
+
+    Raises:
+        UsageError: there is no such run, or it has no checkpoint that verifies.
+
+    Collective: all ranks must call.
+    """
+    asked = run / "config.yaml"
+    if not asked.is_file():
+        raise UsageError(f"--run {run}: there is no {asked}")
+    config = parse(["--config", str(asked), *changes])
+    device = distributed.choose_device(config.run.device, place)
+    use_threads(config, place)
+    distributed.start(place, device, config.run.timeout_minutes)
+    trainer = Trainer(config, load_data(config, place), place, device)
+    if not trainer.resume(run):
+        raise UsageError(f"--run {run}: no checkpoint in {run / 'checkpoints'} verifies")
+    return trainer, trainer.evaluate()
+
+
+def main() -> None:
+    """Evaluate, and turn a caller's mistake into one line and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options, place = _options(), Place.from_environment()
+    try:
+        changes = options.rest[1:] if options.rest[:1] == ["--"] else options.rest
+        trainer, result = evaluate(options.run, place, changes)
+        say(place, json.dumps(result, indent=1) if options.json else report.summary(result))
+        evaluated = trainer.data.evaluation
+        if options.kmeans and evaluated.labels is not None and place.is_main:
+            share = metrics.kmeans_accuracy(evaluated.images, evaluated.labels, result["num_clusters"])
+            print(f"accuracy {share:.4f} by k-means on the pixels", flush=True)
+    except UsageError as error:
+        if place.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Assign the images of a set to clusters, each rank its share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iic_dist import distributed
+from iic_dist.augment import Views
+from iic_dist.data import DeviceImages
+from iic_dist.models import ClusterNet
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """What the clustering head says of one rank's share of M images.
+
+    Attributes:
+        shares: Number of images of each rank, in rank order; together all M.
+        indices: (m,) int64 on the CPU, this rank's images.
+        clusters: (m, H) int64, the likeliest cluster by each sub-head.
+        confidence: (m, H) float32 in (0, 1], its probability.
+    """
+
+    shares: list[int]
+    indices: Tensor
+    clusters: Tensor
+    confidence: Tensor
+
+    def gathered(self, sub_head: int) -> tuple[Tensor, Tensor]:
+        """Return clusters and confidence of all M images by one sub-head, (M,) each.
+
+        Collective: all ranks must call; gathers M integers and M floats.
+        """
+        columns = (self.clusters[:, sub_head], self.confidence[:, sub_head])
+        clusters, confidence = (distributed.gather_rows(column, self.shares) for column in columns)
+        return clusters, confidence
+
+
+@torch.no_grad()
+def assign(
+    model: ClusterNet,
+    views: Views,
+    images: DeviceImages,
+    *,
+    batch_size: int = 1000,
+    dtype: torch.dtype = torch.float32,
+) -> Assignments:
+    """Run the clustering head in evaluation mode over this rank's share of the images.
+
+    Args:
+        model: Not wrapped in DDP; its mode is restored.
+        views: `views.evaluation` makes the input.
+        images: All M images, on every rank.
+        batch_size: Images of one forward pass.
+        dtype: Of the network's input.
+    """
+    world_size, rank = distributed.world_size(), distributed.rank()
+    bounds = [len(images) * r // world_size for r in range(world_size + 1)]
+    own = torch.arange(bounds[rank], bounds[rank + 1])
+    was_training = model.training
+    model.eval()
+    confidence, clusters = [], []
+    for indices in own.split(batch_size):
+        batch, _ = images.gather(indices)
+        logits = model(views.evaluation(batch, dtype=dtype), ["clustering"])["clustering"]
+        best = torch.softmax(logits.float(), -1).max(-1)
+        confidence.append(best.values)
+        clusters.append(best.indices)
+    model.train(was_training)
+    shares = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return Assignments(shares, own, torch.cat(clusters), torch.cat(confidence))

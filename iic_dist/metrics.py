@@ -1,0 +1,134 @@
+"""How well clusters agree with classes: counts, the one-to-one match, accuracy, NMI, ARI.
+
+Everything follows from the K x C matrix of counts, which ranks add up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+def count_matrix(predictions: Tensor, labels: Tensor, num_clusters: int, num_classes: int) -> Tensor:
+    """Count how many images of each class are in each cluster, for every sub-head.
+
+    Args:
+        predictions: (M, H) int64, the cluster of each image in [0, K).
+        labels: (M,) int64, its class in [0, C); -1 for an image that does not count.
+        num_clusters: K.
+        num_classes: C.
+
+    Returns:
+        (H, K, C) int64 on the device of `predictions`. The sum over shards is the matrix of the whole.
+
+    Sync: none.
+    """
+    num_sub_heads = predictions.shape[1]
+    row = torch.arange(num_sub_heads, device=predictions.device) * num_clusters + predictions
+    cell = row * num_classes + labels.clamp(min=0)[:, None]
+    counted = (labels >= 0).to(torch.int64)[:, None].expand_as(cell)
+    counts = torch.zeros(
+        num_sub_heads * num_clusters * num_classes, dtype=torch.int64, device=predictions.device
+    )
+    counts.scatter_add_(0, cell.flatten(), counted.flatten())
+    return counts.view(num_sub_heads, num_clusters, num_classes)
+
+
+def match_clusters(counts: Tensor | np.ndarray) -> np.ndarray:
+    """Match clusters and classes one to one so that most images lie in their cluster's class (Hungarian).
+
+    Args:
+        counts: (K, C).
+
+    Returns:
+        (K,) int64: the class of each cluster, -1 for the K - C clusters that are left over where K > C.
+    """
+    table = _table(counts)
+    clusters, classes = linear_sum_assignment(table, maximize=True)
+    matched = np.full(table.shape[0], -1, dtype=np.int64)
+    matched[clusters] = classes
+    return matched
+
+
+def accuracy(counts: Tensor | np.ndarray) -> float:
+    """Return the share of images in [0, 1] that lie in their cluster's matched class; NaN for no image."""
+    table = _table(counts)
+    matched = match_clusters(table)
+    clusters = np.flatnonzero(matched >= 0)
+    total = int(table.sum())
+    return float(table[clusters, matched[clusters]].sum() / total) if total else math.nan
+
+
+def nmi(counts: Tensor | np.ndarray) -> float:
+    """Return the mutual information over the mean entropy of both, in [0, 1]; NaN for no image."""
+    # Imported here: it takes a second, and only an evaluation needs it.
+    from sklearn.metrics import normalized_mutual_info_score
+
+    clusters, classes = _assignments(counts)
+    return float(normalized_mutual_info_score(classes, clusters)) if len(classes) else math.nan
+
+
+def ari(counts: Tensor | np.ndarray) -> float:
+    """Return the Rand index adjusted for chance, in [-0.5, 1]; NaN for no image."""
+    from sklearn.metrics import adjusted_rand_score  # here for the same reason
+
+    clusters, classes = _assignments(counts)
+    return float(adjusted_rand_score(classes, clusters)) if len(classes) else math.nan
+
+
+def summarize(counts: Tensor | np.ndarray, selected: int) -> dict[str, Any]:
+    """Judge all sub-heads of a clustering head against the labels.
+
+    Args:
+        counts: (H, K, C).
+        selected: the sub-head that was chosen without labels.
+
+    Returns:
+        {"accuracy": {"selected", "mean", "std", "best"}, "nmi", "ari"}; NMI and ARI are those of `selected`.
+    """
+    tables = _table(counts)
+    accuracies = np.array([accuracy(table) for table in tables])
+    return {
+        "accuracy": {
+            "selected": float(accuracies[selected]),
+            "mean": float(accuracies.mean()),
+            "std": float(accuracies.std()),
+            "best": float(accuracies.max()),
+        },
+        "nmi": nmi(tables[selected]),
+        "ari": ari(tables[selected]),
+    }
+
+
+def kmeans_accuracy(images: Tensor, labels: Tensor, num_clusters: int, seed: int = 0) -> float:
+    """Return the accuracy of k-means on the raw pixels, the baseline that any clustering has to beat.
+
+    Args:
+        images: (M, C, H, W) uint8 on the CPU.
+        labels: (M,) int64; -1 for an image that does not count.
+        num_clusters: K.
+        seed: of the ten starts, of which the one of lowest inertia counts.
+    """
+    from sklearn.cluster import KMeans  # a second to import, and only this needs it
+
+    pixels = images.flatten(1).float() / 255
+    assigned = KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(pixels.numpy())
+    predictions = torch.from_numpy(assigned).long().unsqueeze(1)
+    return accuracy(count_matrix(predictions, labels, num_clusters, int(labels.max()) + 1)[0])
+
+
+def _table(counts: Tensor | np.ndarray) -> np.ndarray:
+    return counts.cpu().numpy() if isinstance(counts, Tensor) else np.asarray(counts)
+
+
+def _assignments(counts: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return one cluster and one class per counted image, as scikit-learn wants them."""
+    table = _table(counts)
+    clusters, classes = np.nonzero(table)
+    repeats = table[clusters, classes]
+    return np.repeat(clusters, repeats), np.repeat(classes, repeats)

@@ -1,0 +1,58 @@
+"""Optimizers and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from iic_dist.errors import UsageError
+
+
+def build_optimizer(
+    model: nn.Module, name: str, *, lr: float, weight_decay: float = 0.0, momentum: float = 0.9
+) -> torch.optim.Optimizer:
+    """Make an optimizer over the trained parameters of `model`.
+
+    Weight decay acts on matrices and kernels alone: vectors are biases and normalisation, which it only harms.
+
+    Args:
+        name: adam, adamw or sgd.
+        lr: Learning rate, which the trainer overwrites in each step.
+        momentum: Of SGD.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if name == "adam":
+        return torch.optim.Adam(groups, lr=lr)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    raise UsageError(f"optim.name={name!r}: must be adam, adamw or sgd")
+
+
+def learning_rate(step: int, *, total_steps: int, base: float, schedule: str, warmup_steps: int = 0) -> float:
+    """Return the learning rate of a step.
+
+        base * min(1, (step + 1) / warmup_steps) * (1 for "constant"; 1/2 (1 + cos(pi t)) for "cosine")
+
+    with t the share of the steps after the warm-up that lies behind.
+
+    Args:
+        step: From 0 to total_steps - 1.
+        schedule: constant or cosine.
+        warmup_steps: Steps of linear rise; 0 = none.
+    """
+    if schedule not in ("constant", "cosine"):
+        raise UsageError(f"optim.schedule={schedule!r}: must be constant or cosine")
+    if step < warmup_steps:
+        return base * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return base
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return base * 0.5 * (1 + math.cos(math.pi * done))

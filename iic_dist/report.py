@@ -1,0 +1,102 @@
+"""What is said of a training while it runs: numbers of the heads, pictures, the line at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iic_dist import figures
+from iic_dist.augment import Views
+from iic_dist.data import ImageSet
+from iic_dist.losses import IICTerms
+from iic_dist.monitor import Monitor
+
+USED = 0.1
+"""A cluster counts as used where its share of the images is above this times 1 / K."""
+
+
+def head_numbers(head: str, terms: IICTerms) -> dict[str, Tensor]:
+    """Describe a clustering head: means over its sub-heads, and the loss of each.
+
+    Returns:
+        Scalars on the device, under the names that TensorBoard shows.
+    """
+    k = terms.joint.shape[-1]
+    used = (terms.joint.sum(2) > USED / k).sum(1).to(terms.loss.dtype)
+    numbers = {
+        f"{head}/information_share_of_ln_k": terms.mutual_information.mean() / math.log(k),
+        f"{head}/entropy_nats": terms.entropy.mean(),
+        f"{head}/conditional_entropy_nats": terms.conditional_entropy.mean(),
+        f"{head}/used_clusters": used.mean(),
+    }
+    return numbers | {f"{head}_sub_head_loss_nats/{h}": loss for h, loss in enumerate(terms.loss)}
+
+
+def read(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Bring scalars to the host together.
+
+    Sync: waits for the device once.
+    """
+    return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
+
+
+def result_numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """Pick the figures of result.json that are drawn over time; none without labels."""
+    if result["accuracy"] is None:
+        return {}
+    accuracy = {f"accuracy/{name}": value for name, value in result["accuracy"].items()}
+    return accuracy | {"evaluation/nmi": result["nmi"], "evaluation/ari": result["ari"]}
+
+
+def show_views(monitor: Monitor, step: int, views: Views, images: Tensor, device: torch.device) -> None:
+    """Show the first view and a second view of some images.
+
+    Args:
+        images: (B, C, H, W) uint8 on the CPU; eight are plenty.
+    """
+    if not monitor.enabled:
+        return
+    indices = torch.arange(len(images), device=device)
+    made = views.training(images.to(device), indices, epoch=0).cpu()
+    first, second = made[: len(images)], made[len(images) :]
+    spec = views.first
+    picture = figures.view_pairs(first, second, images, mean=spec.mean or None, std=spec.std or None)
+    monitor.image("views/original_first_second", picture, step)
+
+
+def show_clusters(
+    monitor: Monitor, step: int, evaluated: ImageSet, clusters: Tensor, confidence: Tensor, k: int, counts: Tensor | None
+) -> None:
+    """Show what is in every cluster of the selected sub-head.
+
+    Args:
+        clusters: (M,) of the images of `evaluated`.
+        confidence: (M,).
+        k: Number of clusters.
+        counts: (K, C) against the classes, or None without labels.
+    """
+    if not monitor.enabled:
+        return
+    picture = figures.cluster_mosaic(evaluated.images, clusters, confidence, k)
+    monitor.image("clusters/most_confident", picture, step)
+    if counts is not None:
+        monitor.figure("clusters/confusion", figures.confusion(counts, evaluated.class_names), step)
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """Put result.json into two lines."""
+    lines = (
+        f"{result['data']}: {result['num_images']} images, {result['num_clusters']} clusters, "
+        f"{result['epochs']} epochs, {result['world_size']} rank(s), seed {result['seed']}, "
+        f"{result['train_seconds']} s of training, {result['images_per_second']} images/s"
+    )
+    if (accuracy := result["accuracy"]) is not None:
+        lines += (
+            f"\naccuracy {accuracy['selected']:.4f} (selected sub-head; mean {accuracy['mean']:.4f} "
+            f"± {accuracy['std']:.4f}, best {accuracy['best']:.4f}), NMI {result['nmi']:.4f}, ARI {result['ari']:.4f}"
+        )
+    return lines

@@ -1,0 +1,5 @@
+"""Packaging; the metadata stand in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,83 @@
+"""What the tests run on several ranks; importable, so that it can be sent to them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from iic_dist import distributed
+from iic_dist.build import load_data
+from iic_dist.config import parse
+from iic_dist.distributed import Place
+from iic_dist.losses import iic_loss, nt_xent_loss
+from iic_dist.trainer import Trainer
+
+ENTROPY_WEIGHT = 1.5
+TEMPERATURE = 0.2
+
+
+def small_model(loss: str) -> nn.Module:
+    """A norm-free network in float64 whose output is (B, 3, 5) logits or (B, 6) embeddings."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 15 if loss == "iic" else 6)]
+    if loss == "iic":
+        layers.append(nn.Unflatten(1, (3, 5)))
+    return nn.Sequential(*layers).double()
+
+
+def value_and_gradient(
+    rank: int, group: dist.ProcessGroup, loss: str, first: Tensor, second: Tensor, shards: list[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return this rank's value of the global loss, and its parameter gradients after DDP's average.
+
+    `first` is (G, 7) and `second` (R, G, 7); rank r takes shards[r] of the G samples.
+    """
+    start = sum(shards[:rank])
+    own = slice(start, start + shards[rank])
+    model = DistributedDataParallel(small_model(loss), process_group=group)
+    repeats = second.shape[0]
+    outputs = model(torch.cat([first[own], second[:, own].flatten(0, 1)]))
+    a, b = outputs[: shards[rank]], outputs[shards[rank] :]
+    if loss == "iic":
+        value = iic_loss(a, b, entropy_weight=ENTROPY_WEIGHT, group=group).loss.sum()
+    else:
+        assert repeats == 1
+        value = nt_xent_loss(a, b, temperature=TEMPERATURE, group=group)
+    value.backward()
+    return value.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+def gather(rank: int, group: dist.ProcessGroup, sizes: list[int]) -> tuple[list[int], Tensor]:
+    """Gather rows that name their rank and place."""
+    own = torch.tensor([[rank, i] for i in range(sizes[rank])], dtype=torch.int64).reshape(-1, 2)
+    known = distributed.gather_sizes(len(own), group)
+    return known, distributed.gather_rows(own, known, group)
+
+
+def single_pair(rank: int, group: dist.ProcessGroup) -> str:
+    """Return the error of a global batch of one image."""
+    try:
+        nt_xent_loss(torch.ones(1, 3), torch.ones(1, 3), group=group)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def training_losses(
+    rank: int, group: dist.ProcessGroup | None, arguments: list[str], steps: int
+) -> dict[str, object]:
+    """Train for some steps on all ranks of the default group; return losses, weights, evaluation."""
+    config = parse(arguments)
+    world_size = distributed.world_size()
+    place = Place(rank, world_size, rank, world_size)
+    trainer = Trainer(config, load_data(config, place), place, torch.device("cpu"))
+    losses = []
+    passes = trainer.schedule.passes(0)
+    for step in range(steps):
+        terms = trainer.train_step(passes[step % len(passes)], step // len(passes))
+        losses += [float(t if isinstance(t, Tensor) else t.loss.mean()) for t in terms.values()]
+    parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    figures = trainer.evaluate()
+    return {"losses": losses, "parameters": parameters, "accuracy": figures["accuracy"], "nmi": figures["nmi"]}
