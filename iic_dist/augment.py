@@ -1,8 +1,7 @@
 """Views: which random pictures are made of an image, on the device that holds it.
 
-`ViewSpec` is the distribution of one view and `ViewParameters` what was drawn from it for each image of a
-batch; `sample` draws, `apply` makes the pictures. `Views` does both for a training step, and `policy` knows
-published settings by name.
+`Views` draws the parameters of a training step's views (`iic_dist.view_spec`) and `apply` makes the pictures;
+`policy` knows published settings by name.
 
 A view is a pure function of (seed, epoch, index of the image, number of the view), drawn with
 `iic_dist.philox`: the batch it is made in and the rank that makes it do not matter.
@@ -10,9 +9,8 @@ A view is a pure function of (seed, epoch, index of the image, number of the vie
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,277 +19,11 @@ from torch import Tensor
 from iic_dist.errors import UsageError
 from iic_dist.ops import augment as ops
 from iic_dist.philox import uniforms
-
-# Which uniform number decides what: fixed, so that switching one thing off leaves the others as they were.
-_SIZE, _RATIO, _TOP, _LEFT, _CENTRE, _FLIP = range(6)
-_AFFINE, _ANGLE, _MOVE_X, _MOVE_Y, _ZOOM, _SHEAR_X, _SHEAR_Y = range(6, 13)
-_JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAY, _BLUR, _SIGMA = range(13, 21)
-_NUM_UNIFORMS = 21
-
-_STRENGTHS = ("brightness", "contrast", "saturation", "hue")
+from iic_dist.view_spec import NUM_UNIFORMS, STRENGTHS, ViewParameters, ViewSpec, sample
 
 # Pixels times channels that a CPU works on at a time: 1 MB an array. Measured best of 2^15 to 2^24 at 32
 # pixels, 1.7 times as fast as the whole batch at once, and within 10 % of the best at 96.
 _CPU_CHUNK = 2**18
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewSpec:
-    """The distribution of one view. What is at its default is not computed.
-
-    The order is: affine, crop and resize, flip, brightness, contrast, saturation, hue, gray, blur, Sobel,
-    normalise. (torchvision's ColorJitter shuffles its four; here they keep their order.)
-
-    Attributes:
-        size: side of the view in pixels.
-        crop_area: least and largest share of the image's area that a crop covers, uniform; None for no such
-            crop. The logarithm of width / height is uniform over that part of `crop_ratio` that fits into the
-            image. (torchvision draws up to ten times until a crop fits, then rounds it to pixels; here each
-            draw fits, and sides and place are fractions of pixels.)
-        crop_ratio: least and largest width / height of such a crop.
-        crop_sides: sides in pixels of square crops; one is chosen, at whole pixels. Empty for none.
-        centre_probability: how often a crop of `crop_sides` lies in the centre instead of anywhere.
-        rotation: largest angle either way, degrees.
-        translation: largest shift either way, share of the image's side.
-        zoom: least and largest magnification.
-        shear: largest angle either way, along x and along y, degrees.
-        affine_probability: how often these four are applied at all.
-        flip: probability of a horizontal flip.
-        brightness, contrast, saturation: the factor is uniform in [max(0, 1 - value), 1 + value].
-        hue: the turn is uniform in [-hue, hue], at most 0.5 of the circle.
-        jitter_probability: how often these four are applied at all.
-        gray: probability of a gray view (with the channels it had).
-        blur: probability of a Gaussian blur; its kernel is a tenth of the size, at least 3 pixels.
-        blur_sigma: least and largest standard deviation, pixels.
-        sobel: replace the channels by the two Sobel gradients of the gray image.
-        mean, std: normalisation, one number for each channel of the view or one for all. Empty for none.
-    """
-
-    size: int
-    crop_area: tuple[float, float] | None = None
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    crop_sides: tuple[int, ...] = ()
-    centre_probability: float = 0.0
-    rotation: float = 0.0
-    translation: float = 0.0
-    zoom: tuple[float, float] = (1.0, 1.0)
-    shear: float = 0.0
-    affine_probability: float = 1.0
-    flip: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    jitter_probability: float = 1.0
-    gray: float = 0.0
-    blur: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    sobel: bool = False
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        def require(valid: bool, name: str, rule: str) -> None:
-            if not valid:
-                raise UsageError(f"{name} must be {rule}, not {getattr(self, name)!r}.")
-
-        def ordered(pair: tuple[float, ...], largest: float) -> bool:
-            return len(pair) == 2 and 0.0 < pair[0] <= pair[1] <= largest
-
-        require(self.size >= 2, "size", "at least 2 pixels")
-        area = self.crop_area
-        require(area is None or ordered(area, 1.0), "crop_area", "two shares, 0 < least <= largest <= 1")
-        require(all(side >= 1 for side in self.crop_sides), "crop_sides", "numbers of pixels, at least 1")
-        for name in ("crop_ratio", "zoom", "blur_sigma"):
-            require(ordered(getattr(self, name), math.inf), name, "two numbers, 0 < least <= largest")
-        for name in (
-            "centre_probability",
-            "affine_probability",
-            "flip",
-            "jitter_probability",
-            "gray",
-            "blur",
-        ):
-            require(0.0 <= getattr(self, name) <= 1.0, name, "a probability in [0, 1]")
-        for name in ("brightness", "contrast", "saturation"):
-            require(0.0 <= getattr(self, name) < math.inf, name, "at least 0")
-        require(0.0 <= self.hue <= 0.5, "hue", "in [0, 0.5] of the circle")
-        require(0.0 <= self.rotation <= 180.0, "rotation", "in [0, 180] degrees")
-        require(0.0 <= self.translation <= 1.0, "translation", "a share of the image in [0, 1]")
-        require(0.0 <= self.shear <= 60.0, "shear", "in [0, 60] degrees")
-        require(all(value > 0.0 for value in self.std), "std", "above 0 in each channel")
-        if area is not None and self.crop_sides:
-            raise UsageError(
-                f"crop_area {area} and crop_sides {self.crop_sides} exclude each other: drop one."
-            )
-        if len(self.mean) != len(self.std):
-            raise UsageError(
-                f"mean {self.mean} and std {self.std} must hold equally many numbers: give both."
-            )
-
-    @property
-    def moves(self) -> bool:
-        """Whether there is an affine part."""
-        return bool(self.rotation or self.translation or self.shear or self.zoom != (1.0, 1.0))
-
-    @property
-    def blur_kernel(self) -> int:
-        """Side of the blur's kernel in pixels, odd."""
-        return max(3, self.size // 10 | 1)
-
-    def channels(self, image_channels: int) -> int:
-        """Channels of a view of an image with `image_channels`."""
-        return 2 if self.sobel else image_channels
-
-    def centred(self) -> ViewSpec:
-        """The view without chance: the middle one of `crop_sides` in the centre, or else the whole image."""
-        sides = sorted(self.crop_sides)
-        return ViewSpec(
-            size=self.size,
-            crop_sides=(sides[len(sides) // 2],) if sides else (),
-            centre_probability=1.0,
-            sobel=self.sobel,
-            mean=self.mean,
-            std=self.std,
-        )
-
-    def check(self, channels: int, height: int, width: int) -> None:
-        """Raise UsageError if views of images of this shape cannot be made."""
-        if channels not in (1, 3):
-            raise UsageError(f"Views need images of 1 or 3 channels, not {channels}: make them gray or RGB.")
-        if self.crop_sides and max(self.crop_sides) > min(height, width):
-            raise UsageError(
-                f"A crop of {max(self.crop_sides)} pixels does not fit into images of {height} x {width}: "
-                "choose smaller crop_sides."
-            )
-        colour = [name for name in ("saturation", "hue", "gray") if getattr(self, name) > 0.0]
-        if channels == 1 and colour:
-            raise UsageError(f"Images of 1 channel have no colour to change: set {', '.join(colour)} to 0.")
-        wanted = self.channels(channels)
-        if len(self.mean) not in (0, 1, wanted):
-            raise UsageError(
-                f"mean {self.mean} and std {self.std} must hold 1 number or {wanted}, one for each channel "
-                f"of the views{' (Sobel gradients)' if self.sobel else ''}."
-            )
-
-
-@dataclass(frozen=True)
-class ViewParameters:
-    """What was drawn for each image of a batch; None where the spec leaves a step out.
-
-    Real numbers are float32.
-
-    Attributes:
-        affine: (B, 6) angle in degrees, shift along x and y in pixels, zoom, shear along x and y in degrees.
-        box: (B, 4) top, left, height, width of the crop in pixels of the image; given wherever `flip` is.
-        flip, gray: (B,) bool.
-        brightness, contrast, saturation: (B,) factors, 1 where not applied.
-        hue: (B,) part of the circle, 0 where not applied.
-        sigma: (B,) standard deviation of the blur in pixels of the view, 0 where not applied.
-    """
-
-    affine: Tensor | None = None
-    box: Tensor | None = None
-    flip: Tensor | None = None
-    brightness: Tensor | None = None
-    contrast: Tensor | None = None
-    saturation: Tensor | None = None
-    hue: Tensor | None = None
-    gray: Tensor | None = None
-    sigma: Tensor | None = None
-
-    def rows(self, start: int, stop: int) -> ViewParameters:
-        """The parameters of images `start` to `stop` - 1."""
-        drawn = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return ViewParameters(**{name: value[start:stop] for name, value in drawn if value is not None})
-
-
-def _between(numbers: Tensor, which: int, least: float, largest: float) -> Tensor:
-    return least + numbers[:, which] * (largest - least)
-
-
-def _draw_affine(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> Tensor:
-    shift_x, shift_y = spec.translation * width, spec.translation * height
-    drawn = (
-        (_between(numbers, _ANGLE, -spec.rotation, spec.rotation), 0.0),
-        (_between(numbers, _MOVE_X, -shift_x, shift_x), 0.0),
-        (_between(numbers, _MOVE_Y, -shift_y, shift_y), 0.0),
-        (_between(numbers, _ZOOM, *spec.zoom), 1.0),
-        (_between(numbers, _SHEAR_X, -spec.shear, spec.shear), 0.0),
-        (_between(numbers, _SHEAR_Y, -spec.shear, spec.shear), 0.0),
-    )
-    applied = numbers[:, _AFFINE] < spec.affine_probability
-    return torch.stack([torch.where(applied, value, neutral) for value, neutral in drawn], dim=1)
-
-
-def _draw_square(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> Tensor:
-    sides = sorted(spec.crop_sides)
-    # The k-th side from its increments: a table would have to be sent to the device.
-    side = torch.full_like(numbers[:, _SIZE], sides[0])
-    for k in range(1, len(sides)):
-        side += (sides[k] - sides[k - 1]) * (numbers[:, _SIZE] * len(sides) >= k)
-    centred = numbers[:, _CENTRE] < spec.centre_probability
-    corner = []
-    for which, room in ((_TOP, height), (_LEFT, width)):
-        anywhere = torch.floor(numbers[:, which] * (room - side + 1))
-        corner.append(torch.where(centred, torch.round((room - side) / 2), anywhere))
-    return torch.stack((*corner, side, side), dim=1)
-
-
-def _draw_area(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> Tensor:
-    assert spec.crop_area is not None
-    area = _between(numbers, _SIZE, *spec.crop_area) * (height * width)
-    tallest, widest = area / height**2, width**2 / area  # ratios of a crop as high, as wide as the image
-    least = torch.minimum(tallest.clamp(min=spec.crop_ratio[0]), widest)
-    largest = torch.maximum(widest.clamp(max=spec.crop_ratio[1]), tallest)
-    ratio = least * (largest / least) ** numbers[:, _RATIO]
-    box_height, box_width = torch.sqrt(area / ratio), torch.sqrt(area * ratio)
-    top = numbers[:, _TOP] * (height - box_height)
-    left = numbers[:, _LEFT] * (width - box_width)
-    return torch.stack((top, left, box_height, box_width), dim=1)
-
-
-def _draw_jitter(spec: ViewSpec, numbers: Tensor) -> dict[str, Tensor]:
-    applied = numbers[:, _JITTER] < spec.jitter_probability
-    drawn: dict[str, Tensor] = {}
-    for name, which in (("brightness", _BRIGHTNESS), ("contrast", _CONTRAST), ("saturation", _SATURATION)):
-        strength = getattr(spec, name)
-        if strength > 0.0:
-            factor = _between(numbers, which, max(0.0, 1.0 - strength), 1.0 + strength)
-            drawn[name] = torch.where(applied, factor, 1.0)
-    if spec.hue > 0.0:
-        drawn["hue"] = torch.where(applied, _between(numbers, _HUE, -spec.hue, spec.hue), 0.0)
-    return drawn
-
-
-def sample(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> ViewParameters:
-    """Turn uniform numbers into the parameters of views of images of height x width.
-
-    Computed in float64 and rounded to float32 at the end, so that devices agree.
-
-    Args:
-        numbers: (B, 21) uniform in [0, 1).
-    """
-    numbers = numbers.double()
-    drawn = _draw_jitter(spec, numbers)
-    if spec.moves:
-        drawn["affine"] = _draw_affine(spec, numbers, height, width)
-    if spec.crop_sides:
-        drawn["box"] = _draw_square(spec, numbers, height, width)
-    elif spec.crop_area is not None:
-        drawn["box"] = _draw_area(spec, numbers, height, width)
-    elif spec.flip > 0.0 or (height, width) != (spec.size, spec.size):
-        whole = [torch.full_like(numbers[:, _SIZE], side) for side in (0, 0, height, width)]
-        drawn["box"] = torch.stack(whole, dim=1)
-    if spec.flip > 0.0:
-        drawn["flip"] = numbers[:, _FLIP] < spec.flip
-    if spec.gray > 0.0:
-        drawn["gray"] = numbers[:, _GRAY] < spec.gray
-    if spec.blur > 0.0:
-        sigma = _between(numbers, _SIGMA, *spec.blur_sigma)
-        drawn["sigma"] = torch.where(numbers[:, _BLUR] < spec.blur, sigma, 0.0)
-    rounded = {name: value.float() if value.is_floating_point() else value for name, value in drawn.items()}
-    return ViewParameters(**rounded)
 
 
 def apply(spec: ViewSpec, images: Tensor, parameters: ViewParameters, dtype: torch.dtype) -> Tensor:
@@ -321,9 +53,7 @@ def apply(spec: ViewSpec, images: Tensor, parameters: ViewParameters, dtype: tor
     if p.hue is not None:
         views = ops.adjust_hue(views, p.hue)
     if p.gray is not None:
-        views = ops.adjust_saturation(
-            views, 1.0 - p.gray.float()
-        )  # factors 0 and 1 are exact; where is slower
+        views = ops.adjust_saturation(views, 1.0 - p.gray.float())  # 0 and 1 are exact; where is slower
     if p.sigma is not None:
         views = ops.gaussian_blur(views, p.sigma, spec.blur_kernel)
     if spec.sobel:
@@ -357,9 +87,7 @@ class Views:
         seed: seed of the run.
     """
 
-    def __init__(
-        self, first: ViewSpec, second: ViewSpec, evaluation: ViewSpec, repeats: int, seed: int
-    ) -> None:
+    def __init__(self, first: ViewSpec, second: ViewSpec, evaluation: ViewSpec, repeats: int, seed: int) -> None:
         if repeats < 1:
             raise UsageError(f"repeats must be at least 1, not {repeats}.")
         shapes = [(spec.size, spec.sobel) for spec in (first, second, evaluation)]
@@ -407,7 +135,7 @@ class Views:
         batch, channels, height, width = images.shape
         views = torch.arange(first_view, first_view + 1 + self.repeats, device=images.device)
         # (1 + repeats, B, 21)
-        numbers = uniforms(self.seed, epoch, indices, views.unsqueeze(1), _NUM_UNIFORMS)
+        numbers = uniforms(self.seed, epoch, indices, views.unsqueeze(1), NUM_UNIFORMS)
         out = self._empty(len(views) * batch, images, dtype)
         for spec, start, count in self._groups:
             spec.check(channels, height, width)
@@ -421,7 +149,7 @@ class Views:
         """Make the one view of each image that is evaluated, (B, C, H, W) uint8 to (B, C', size, size)."""
         batch, channels, height, width = images.shape
         self._centred.check(channels, height, width)
-        numbers = torch.zeros(batch, _NUM_UNIFORMS, device=images.device)
+        numbers = torch.zeros(batch, NUM_UNIFORMS, device=images.device)
         out = self._empty(batch, images, dtype)
         _fill(out, self._centred, images, sample(self._centred, numbers, height, width))
         return out
@@ -526,7 +254,7 @@ def policy(
         both |= {"mean": (), "std": ()}  # the policy's are those of pixels, not of gradients
     chosen = _given(rotation=rotation, flip=flip, gray=gray, blur=blur)
     if jitter is not None:
-        chosen |= {strength: getattr(strong, strength) * jitter for strength in _STRENGTHS}
+        chosen |= {strength: getattr(strong, strength) * jitter for strength in STRENGTHS}
     second = replace(strong, **both, **chosen)
     middle = {"crop_sides": second.centred().crop_sides}
     first = second if weak == strong else replace(weak, **both | middle)

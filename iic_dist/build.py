@@ -131,9 +131,7 @@ def build_model(config: Config, in_channels: int, image_size: int) -> ClusterNet
             "clustering": SubHeads(features, model.sub_heads, model.num_clusters, model.head_init_std)
         }
         if model.num_overclusters:
-            heads["overclustering"] = SubHeads(
-                features, model.sub_heads, model.num_overclusters, model.head_init_std
-            )
+            heads["overclustering"] = SubHeads(features, model.sub_heads, model.num_overclusters, model.head_init_std)
         if model.projection_dim:
             heads["contrastive"] = ProjectionHead(
                 features, model.projection_dim, model.projection_hidden, norm=model.norm
@@ -156,9 +154,22 @@ def run_folder(config: Config) -> Path:
     if name is not None and (not re.fullmatch(r"[A-Za-z0-9._-]+", name) or set(name) == {"."}):
         raise UsageError(f"run.name={name!r}: use letters, digits, '.', '_' and '-' alone")
     if name is None and distributed.rank() == 0:
-        stem = re.sub(r"[^A-Za-z0-9]+", "-", config.data.name.rstrip("/").rsplit("/", 1)[-1]).strip("-") or "run"
-        taken = [path.name.removeprefix(f"{stem}-") for path in root.glob(f"{stem}-*")]
-        newest = max((int(number) for number in taken if number.isdecimal()), default=0)
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and newest > 0
-        name = f"{stem}-{newest if restarted else newest + 1}"
-    return root / str(distributed.broadcast_object(name))
+        folder = config.data.name.removeprefix("folder:").rstrip("/").rsplit("/", 1)[-1]
+        stem = re.sub(r"[^A-Za-z0-9]+", "-", folder).strip("-") or "run"
+        name = _numbered(root, stem, reuse=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
+    return root / str(distributed.broadcast(name))
+
+
+def _numbered(root: Path, stem: str, reuse: bool) -> str:
+    """Open the folder STEM-N of the next free number N, or name the newest one where that is to be gone on with."""
+    taken = [path.name.removeprefix(f"{stem}-") for path in root.glob(f"{stem}-*")]
+    newest = max((int(number) for number in taken if number.isdecimal()), default=0)
+    if reuse and newest:
+        return f"{stem}-{newest}"
+    while True:  # another run may take the number first
+        newest += 1
+        try:
+            (root / f"{stem}-{newest}").mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return f"{stem}-{newest}"

@@ -6,12 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from iic_dist.errors import UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | N
     return torch.cat([shard[:n] for shard, n in zip(gathered.split(longest), sizes, strict=True)])
 
 
-def broadcast_object(value: object) -> object:
+def broadcast(value: T) -> T:
     """Return rank 0's `value` on every rank.
 
     Collective: all ranks must call. Sync: waits on the host.

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from iic_dist import distributed, metrics, report
+from iic_dist import distributed, report
 from iic_dist.build import load_data
-from iic_dist.config import parse
+from iic_dist.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.train import say, use_threads
@@ -25,15 +25,17 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of the run, runs/NAME")
     parser.add_argument("--json", action="store_true", help="print the contents of result.json and nothing else")
-    parser.add_argument("--kmeans", action="store_true", help="also cluster the raw pixels with k-means, to compare")
     parser.add_argument(
-        "rest", nargs=argparse.REMAINDER, metavar="-- --GROUP.FIELD VALUE", help="settings of the run to change"
+        "rest",
+        nargs=argparse.REMAINDER,
+        metavar="-- --GROUP.FIELD VALUE",
+        help="settings of the run to change",
     )
     return parser.parse_args()
 
 
-def evaluate(run: Path, place: Place, changes: list[str]) -> tuple[Trainer, dict[str, Any]]:
-    """Load a run and evaluate it.
+def evaluate(run: Path, place: Place, changes: list[str]) -> dict[str, Any]:
+    """Load a run and evaluate it; return the contents of its result.json.
 
     Args:
         run: Its folder.
@@ -55,7 +57,7 @@ def evaluate(run: Path, place: Place, changes: list[str]) -> tuple[Trainer, dict
     trainer = Trainer(config, load_data(config, place), place, device)
     if not trainer.resume(run):
         raise UsageError(f"--run {run}: no checkpoint in {run / 'checkpoints'} verifies")
-    return trainer, trainer.evaluate()
+    return trainer.evaluate()
 
 
 def main() -> None:
@@ -64,12 +66,8 @@ def main() -> None:
     options, place = _options(), Place.from_environment()
     try:
         changes = options.rest[1:] if options.rest[:1] == ["--"] else options.rest
-        trainer, result = evaluate(options.run, place, changes)
+        result = evaluate(options.run, place, changes)
         say(place, json.dumps(result, indent=1) if options.json else report.summary(result))
-        evaluated = trainer.data.evaluation
-        if options.kmeans and evaluated.labels is not None and place.is_main:
-            share = metrics.kmeans_accuracy(evaluated.images, evaluated.labels, result["num_clusters"])
-            print(f"accuracy {share:.4f} by k-means on the pixels", flush=True)
     except UsageError as error:
         if place.local_rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

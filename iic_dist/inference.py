@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -70,5 +71,5 @@ def assign(
         confidence.append(best.values)
         clusters.append(best.indices)
     model.train(was_training)
-    shares = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    shares = [stop - start for start, stop in itertools.pairwise(bounds)]
     return Assignments(shares, own, torch.cat(clusters), torch.cat(confidence))

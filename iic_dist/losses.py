@@ -176,8 +176,6 @@ def _check_embeddings(embeddings_a: Tensor, embeddings_b: Tensor, temperature: f
     if embeddings_a.numel() == 0:
         raise ValueError(f"{shapes}: an empty batch has no pairs; give every rank at least one")
     if embeddings_a.dtype != embeddings_b.dtype or not embeddings_a.is_floating_point():
-        raise ValueError(
-            f"embeddings of {embeddings_a.dtype} and {embeddings_b.dtype}: must be of one floating dtype"
-        )
+        raise ValueError(f"embeddings of {embeddings_a.dtype} and {embeddings_b.dtype}: must be of one floating dtype")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0")

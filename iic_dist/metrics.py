@@ -32,9 +32,7 @@ def count_matrix(predictions: Tensor, labels: Tensor, num_clusters: int, num_cla
     row = torch.arange(num_sub_heads, device=predictions.device) * num_clusters + predictions
     cell = row * num_classes + labels.clamp(min=0)[:, None]
     counted = (labels >= 0).to(torch.int64)[:, None].expand_as(cell)
-    counts = torch.zeros(
-        num_sub_heads * num_clusters * num_classes, dtype=torch.int64, device=predictions.device
-    )
+    counts = torch.zeros(num_sub_heads * num_clusters * num_classes, dtype=torch.int64, device=predictions.device)
     counts.scatter_add_(0, cell.flatten(), counted.flatten())
     return counts.view(num_sub_heads, num_clusters, num_classes)
 

@@ -41,9 +41,7 @@ class Monitor:
         path = run_dir / "metrics.jsonl"
         _drop_from(path, first_step)
         self._lines = path.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(
-            str(run_dir), purge_step=first_step, flush_secs=_TENSORBOARD_FLUSH_SECONDS
-        )
+        self._writer = SummaryWriter(str(run_dir), purge_step=first_step, flush_secs=_TENSORBOARD_FLUSH_SECONDS)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write `values` as a line of metrics.jsonl, null where not finite, and as TensorBoard scalars."""

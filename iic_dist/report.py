@@ -69,7 +69,13 @@ def show_views(monitor: Monitor, step: int, views: Views, images: Tensor, device
 
 
 def show_clusters(
-    monitor: Monitor, step: int, evaluated: ImageSet, clusters: Tensor, confidence: Tensor, k: int, counts: Tensor | None
+    monitor: Monitor,
+    step: int,
+    evaluated: ImageSet,
+    clusters: Tensor,
+    confidence: Tensor,
+    k: int,
+    counts: Tensor | None,
 ) -> None:
     """Show what is in every cluster of the selected sub-head.
 

@@ -68,8 +68,7 @@ class Schedule:
         elif self.alternate:
             turns = [(head,) for head in self.order]
         return [
-            Pass(turn, self.samplers[turn[0]].steps_per_epoch, number * self.views)
-            for number, turn in enumerate(turns)
+            Pass(turn, self.samplers[turn[0]].steps_per_epoch, number * self.views) for number, turn in enumerate(turns)
         ]
 
     def total_steps(self, epochs: int) -> int:

@@ -10,13 +10,21 @@ from pathlib import Path
 import torch
 import yaml
 
-from iic_dist import distributed, report
+from iic_dist import distributed, metrics, report
 from iic_dist.build import load_data, run_folder
-from iic_dist.config import Config, parse
+from iic_dist.command_line import parse
+from iic_dist.config import Config
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.ops import backend
 from iic_dist.trainer import Trainer
+
+# What a run may be gone on with under another value of.
+MAY_CHANGE = {
+    *("run.name", "run.root", "run.device", "run.threads", "run.resume", "run.timeout_minutes"),
+    *("data.root", "data.download", "data.evaluate_on", "loss.impl", "train.epochs", "train.compile"),
+    *("train.evaluate_every", "train.evaluate_batch_size", "train.checkpoint_every"),
+}
 
 
 def say(place: Place, line: str) -> None:
@@ -62,20 +70,31 @@ def open_folder(config: Config, trainer: Trainer, place: Place) -> Path:
         if trainer.data.unreadable:
             lines = "".join(f"{path}\t{reason}\n" for path, reason in trainer.data.unreadable)
             (folder / "unreadable.txt").write_text(lines)
-            say(place, f"{len(trainer.data.unreadable)} unreadable files, named in {folder / 'unreadable.txt'}")
+            say(
+                place,
+                f"{len(trainer.data.unreadable)} unreadable files, named in {folder / 'unreadable.txt'}",
+            )
     return folder
 
 
 def _same_run(config: Config, asked: Path) -> None:
     """Raise a UsageError if the run in a folder cannot be gone on with under this config."""
     before, now = yaml.safe_load(asked.read_text()), yaml.safe_load(config.to_yaml())
-    for group in ("data", "views", "model", "loss", "optim"):
-        for name, value in now[group].items():
-            if before.get(group, {}).get(name) != value:
+    for group, fields in now.items():
+        for name, value in fields.items():
+            old = before.get(group, {}).get(name)
+            if old != value and f"{group}.{name}" not in MAY_CHANGE and group != "monitor":
                 raise UsageError(
-                    f"{asked.parent} was trained with {group}.{name}={before.get(group, {}).get(name)!r}, not "
-                    f"{value!r}: choose another --run.name"
+                    f"{asked.parent} was trained with {group}.{name}={old!r}, not {value!r}: choose another --run.name"
                 )
+
+
+def compare_with_kmeans(trainer: Trainer) -> None:
+    """Print what k-means on the pixels makes of the evaluation images, if they have labels."""
+    evaluated = trainer.data.evaluation
+    if evaluated.labels is not None:
+        share = metrics.kmeans_accuracy(evaluated.images, evaluated.labels, trainer.num_clusters)
+        print(f"accuracy {share:.4f} by k-means on the pixels", flush=True)
 
 
 def train(config: Config, place: Place) -> None:
@@ -93,7 +112,10 @@ def train(config: Config, place: Place) -> None:
         threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""
         say(place, f"{folder}: {place.world_size} rank(s) on {device.type}{threads}; losses: {losses}")
         result = trainer.train(folder)
-        say(place, f"\n{report.summary(result)}\nrun: {folder}    watch: tensorboard --logdir {folder.parent}")
+        say(place, f"\n{report.summary(result)}")
+        if config.monitor.kmeans and place.is_main:
+            compare_with_kmeans(trainer)
+        say(place, f"run: {folder}    look at it: tensorboard --logdir {folder.parent}")
     finally:
         distributed.stop()
 

@@ -21,6 +21,7 @@ from iic_dist.data import Batch, DeviceImages, Sampler
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.losses import IICTerms, iic_loss, nt_xent_loss
+from iic_dist.models import ClusterNet, SubHeads
 from iic_dist.monitor import Monitor
 from iic_dist.ops.iic import iic_information
 from iic_dist.optim import build_optimizer, learning_rate
@@ -53,6 +54,8 @@ class Trainer:
         self.model = self._on_device(
             build_model(self.config, self.views.channels(data.train.images.shape[1]), self.views.size)
         )
+        assert self.config.model.num_clusters is not None, "complete() has seen to it"
+        self.num_clusters = self.config.model.num_clusters
         self._put_images()
         self.schedule = self._schedule()
         self.total_steps = self.schedule.total_steps(config.train.epochs)
@@ -63,20 +66,21 @@ class Trainer:
         )
         self.step = self.epoch = 0
         self.train_seconds = 0.0
-        shapes = {name: head.shape for name, head in self.model.heads.items() if name != "contrastive"}
+        shapes = {name: head.shape for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
         self.sub_head_loss = {name: torch.zeros(h, device=device) for name, (h, _) in shapes.items()}
         self._epoch_joint = {
             name: torch.zeros(h, k, k, device=device, dtype=self.dtype) for name, (h, k) in shapes.items()
         }
 
-    def _on_device(self, model: nn.Module) -> nn.Module:
+    def _on_device(self, model: ClusterNet) -> ClusterNet:
         train = self.config.train
         if train.sync_batchnorm:
             if self.device.type != "cuda":
                 raise UsageError("train.sync_batchnorm=true: torch has it on CUDA only; leave it out on the CPU")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        memory_format = torch.channels_last if train.channels_last else torch.preserve_format
-        return model.to(self.device, self.dtype, memory_format=memory_format)
+        if train.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        return model.to(self.device, self.dtype)
 
     def _put_images(self) -> None:
         """Put the images on the device, the unlabelled ones behind the others."""
@@ -276,8 +280,7 @@ class Trainer:
         if evaluation.labels is None:
             return None
         labels = evaluation.labels[assigned.indices].to(self.device)
-        num_clusters = self.model.heads["clustering"].shape[1]
-        counts = metrics.count_matrix(assigned.clusters, labels, num_clusters, evaluation.num_classes)
+        counts = metrics.count_matrix(assigned.clusters, labels, self.num_clusters, evaluation.num_classes)
         return distributed.all_reduce_sum(counts).cpu()
 
     def _result(self, counts: Tensor | None) -> dict[str, Any]:
@@ -286,7 +289,7 @@ class Trainer:
         return {
             "data": self.data.evaluation.name,
             "num_images": len(self.data.evaluation.images),
-            "num_clusters": self.model.heads["clustering"].shape[1],
+            "num_clusters": self.num_clusters,
             "epochs": self.epoch,
             "world_size": self.place.world_size,
             "seed": self.config.run.seed,
@@ -313,8 +316,9 @@ class Trainer:
         if self.epoch == self.config.train.epochs or (every and self.epoch % every == 0):
             clusters, confidence = assigned.gathered(self.selected())
             table = None if counts is None else counts[self.selected()]
-            k = self.model.heads["clustering"].shape[1]
-            report.show_clusters(monitor, self.step, self.data.evaluation, clusters, confidence, k, table)
+            report.show_clusters(
+                monitor, self.step, self.data.evaluation, clusters, confidence, self.num_clusters, table
+            )
         return result
 
     def save(self, folder: Path) -> None:
@@ -326,7 +330,7 @@ class Trainer:
     def resume(self, folder: Path) -> bool:
         """Go on from the newest checkpoint that verifies, read by rank 0 for all; return whether there was one."""
         state = checkpoint.load_newest(folder / "checkpoints") if self.place.is_main else None
-        state = distributed.broadcast_object(state)
+        state = distributed.broadcast(state)
         if state is not None:
             self.load_state_dict(state)
         return state is not None

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from iic_dist import distributed
 from iic_dist.build import load_data
-from iic_dist.config import parse
+from iic_dist.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.losses import iic_loss, nt_xent_loss
 from iic_dist.trainer import Trainer
@@ -65,9 +65,7 @@ def single_pair(rank: int, group: dist.ProcessGroup) -> str:
     return "no error"
 
 
-def training_losses(
-    rank: int, group: dist.ProcessGroup | None, arguments: list[str], steps: int
-) -> dict[str, object]:
+def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[str], steps: int) -> dict[str, object]:
     """Train for some steps on all ranks of the default group; return losses, weights, evaluation."""
     config = parse(arguments)
     world_size = distributed.world_size()
@@ -80,4 +78,9 @@ def training_losses(
         losses += [float(t if isinstance(t, Tensor) else t.loss.mean()) for t in terms.values()]
     parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     figures = trainer.evaluate()
-    return {"losses": losses, "parameters": parameters, "accuracy": figures["accuracy"], "nmi": figures["nmi"]}
+    return {
+        "losses": losses,
+        "parameters": parameters,
+        "accuracy": figures["accuracy"],
+        "nmi": figures["nmi"],
+    }

@@ -13,9 +13,10 @@ from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iic_dist.augment import Views, ViewSpec, policy, sample
+from iic_dist.augment import Views, policy
 from iic_dist.errors import UsageError
 from iic_dist.philox import uniforms
+from iic_dist.view_spec import ViewSpec, sample
 
 EVERYTHING = ViewSpec(
     size=12,
@@ -340,9 +341,7 @@ def test_choices_replace_the_policy() -> None:
     assert (area.second.crop_area, area.second.rotation) == ((0.5, 1), 5)
     plain = build("simclr", 3, 32, {"jitter": 0, "gray": 0, "flip": 0, "blur": 0.5, "sobel": True})
     assert plain.first == plain.second
-    assert plain.second == ViewSpec(
-        size=32, crop_area=(0.2, 1.0), blur=0.5, jitter_probability=0.8, sobel=True
-    )
+    assert plain.second == ViewSpec(size=32, crop_area=(0.2, 1.0), blur=0.5, jitter_probability=0.8, sobel=True)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,11 @@ from iic_dist import checkpoint
 
 
 def state(value: float) -> dict[str, object]:
-    return {"step": int(value), "weights": {"w": torch.full((3, 2), value, dtype=torch.float64)}, "list": [1, None]}
+    return {
+        "step": int(value),
+        "weights": {"w": torch.full((3, 2), value, dtype=torch.float64)},
+        "list": [1, None],
+    }
 
 
 def test_the_newest_checkpoint_comes_back_and_three_are_kept(tmp_path: Path) -> None:

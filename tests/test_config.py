@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from iic_dist.config import PRESETS, Config, parse
+from iic_dist.command_line import PRESETS, parse
+from iic_dist.config import Config
 from iic_dist.errors import UsageError
 
 
 def test_no_argument_means_the_digits_preset() -> None:
     assert parse([]) == parse(["--config", "digits"])
-    assert parse([]).loss.entropy_weight == yaml.safe_load((PRESETS / "digits.yaml").read_text())["loss"]["entropy_weight"]
+    assert (
+        parse([]).loss.entropy_weight == yaml.safe_load((PRESETS / "digits.yaml").read_text())["loss"]["entropy_weight"]
+    )
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
@@ -22,7 +25,9 @@ def test_a_preset_sets_what_it_says(preset: str) -> None:
             assert getattr(getattr(config, group), name) == value, f"{group}.{name}"
 
 
-@pytest.mark.parametrize("arguments", [["--config=cifar10", "--optim.lr=0.5"], ["--optim.lr", "0.5", "--config", "cifar10"]])
+@pytest.mark.parametrize(
+    "arguments", [["--config=cifar10", "--optim.lr=0.5"], ["--optim.lr", "0.5", "--config", "cifar10"]]
+)
 def test_options_win_over_the_preset_wherever_they_stand(arguments: list[str]) -> None:
     config = parse(arguments)
     assert config.optim.lr == 0.5
@@ -59,7 +64,10 @@ def test_the_heads_follow_from_their_sizes() -> None:
         (["--model.num_clusters", "1"], "model.num_clusters=1: must be 2 or more"),
         (["--train.order", "[clustering, nonsense]"], "train.order=.*nonsense"),
         (["--config", "cifar10-alternate", "--train.order", "[clustering]"], "overclustering, contrastive"),
-        (["--config", "cifar10-iic", "--train.contrastive_warmup_epochs", "3"], "no contrastive head.*projection_dim"),
+        (
+            ["--config", "cifar10-iic", "--train.contrastive_warmup_epochs", "3"],
+            "no contrastive head.*projection_dim",
+        ),
         (["--config", "stl10-iic", "--model.num_overclusters", "0"], "data.unlabelled=true"),
         (["--views.crop_area", "0.2"], "views.crop_area.*0.2"),
         (["--train.epochs"], "train.epochs"),

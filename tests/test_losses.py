@@ -223,9 +223,7 @@ def test_value_and_gradient_of_any_sharding_are_those_of_one_process(
     else:
         expected = published.nt_xent(model(first), model(second[0]), rank_tasks.TEMPERATURE)
     wanted = torch.autograd.grad(expected, list(model.parameters()))
-    for value, gradients in ranks.run(
-        len(shards), rank_tasks.value_and_gradient, loss, first, second, shards
-    ):
+    for value, gradients in ranks.run(len(shards), rank_tasks.value_and_gradient, loss, first, second, shards):
         torch.testing.assert_close(value, expected.detach(), rtol=0, atol=1e-10)
         torch.testing.assert_close(gradients, list(wanted), rtol=0, atol=1e-10)
 
@@ -240,6 +238,8 @@ def test_a_single_process_loss_compiles_into_one_graph(loss: Callable[..., Tenso
     inputs = logits(6, 2, 5, 2) if loss is iic_loss else embeddings(6, 5)
     eager = with_gradients(lambda a, b: loss(a, b)[0].sum() if loss is iic_loss else loss(a, b), *inputs)
     compiled = torch.compile(
-        lambda a, b: loss(a, b)[0].sum() if loss is iic_loss else loss(a, b), fullgraph=True, backend="aot_eager"
+        lambda a, b: loss(a, b)[0].sum() if loss is iic_loss else loss(a, b),
+        fullgraph=True,
+        backend="aot_eager",
     )
     torch.testing.assert_close(with_gradients(compiled, *inputs), eager)

@@ -49,9 +49,7 @@ def test_count_matrix_equals_a_loop(num_clusters: int, num_classes: int) -> None
 
 def test_count_matrix_adds_up_over_shards() -> None:
     predictions, labels = _labelled(6, 4)
-    parts = [
-        count_matrix(predictions[s], labels[s], 6, 4) for s in (slice(0, 31), slice(31, 31), slice(31, None))
-    ]
+    parts = [count_matrix(predictions[s], labels[s], 6, 4) for s in (slice(0, 31), slice(31, 31), slice(31, None))]
     assert torch.equal(sum(parts), count_matrix(predictions, labels, 6, 4))
 
 

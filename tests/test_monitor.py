@@ -32,9 +32,7 @@ def test_scalars_reach_both_places(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "new"
     with Monitor(run_dir, enabled=True, resume_step=None) as monitor:
         monitor.scalars(10, {"loss/clustering": -1.5, "clusters_used": 7})
-        assert _lines(run_dir) == [
-            {"step": 10, "loss/clustering": -1.5, "clusters_used": 7}
-        ]  # without a close
+        assert _lines(run_dir) == [{"step": 10, "loss/clustering": -1.5, "clusters_used": 7}]  # without a close
         monitor.scalars(20, {"loss/clustering": -2.0})
     assert _lines(run_dir)[1] == {"step": 20, "loss/clustering": -2.0}
     assert _steps(run_dir, "loss/clustering") == [(10, -1.5), (20, -2.0)]
@@ -44,9 +42,7 @@ def test_scalars_reach_both_places(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     with Monitor(tmp_path, enabled=True, resume_step=None) as monitor:
         monitor.scalars(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32(0.5)})
-    assert (
-        tmp_path / "metrics.jsonl"
-    ).read_text() == '{"step": 1, "a": null, "b": null, "c": null, "d": 0.5}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": null, "b": null, "c": null, "d": 0.5}\n'
 
 
 def test_pictures_reach_tensorboard(tmp_path: Path) -> None:

@@ -8,9 +8,7 @@ from iic_dist.schedule import Pass, Schedule
 HEADS = ("clustering", "overclustering", "contrastive")
 
 
-def schedule(
-    alternate: bool = False, warmup: int = 0, order: tuple[str, ...] = HEADS, wide: bool = False
-) -> Schedule:
+def schedule(alternate: bool = False, warmup: int = 0, order: tuple[str, ...] = HEADS, wide: bool = False) -> Schedule:
     narrow = Sampler(40, 8, seed=3)
     return Schedule(
         HEADS,
@@ -39,7 +37,11 @@ def test_an_alternating_epoch_follows_the_order_with_other_views_in_each_pass() 
 
 def test_the_warm_up_trains_the_contrastive_head_alone() -> None:
     warmed = schedule(warmup=2)
-    assert [warmed.passes(epoch)[0].heads for epoch in range(3)] == [("contrastive",), ("contrastive",), HEADS]
+    assert [warmed.passes(epoch)[0].heads for epoch in range(3)] == [
+        ("contrastive",),
+        ("contrastive",),
+        HEADS,
+    ]
     assert warmed.heads_take_turns
 
 

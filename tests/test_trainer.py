@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iic_dist import checkpoint
 from iic_dist.build import RunData, load_data
-from iic_dist.config import PRESETS, Config, parse
+from iic_dist.command_line import PRESETS, parse
+from iic_dist.config import Config
 from iic_dist.data import ImageSet
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
@@ -21,7 +22,17 @@ from iic_dist.trainer import Trainer
 
 CPU = torch.device("cpu")
 QUIET = ["--monitor.progress", "false", "--train.evaluate_every", "0"]
-TINY = [*QUIET, "--data.batch_size", "512", "--train.epochs", "2", "--model.sub_heads", "2", "--data.train_on", "train"]
+TINY = [
+    *QUIET,
+    "--data.batch_size",
+    "512",
+    "--train.epochs",
+    "2",
+    "--model.sub_heads",
+    "2",
+    "--data.train_on",
+    "train",
+]
 
 # Images, channels, side, classes of each named set; a preset's fake images have these shapes.
 SHAPES = {
@@ -132,7 +143,12 @@ def test_a_run_leaves_its_files(tmp_path: Path) -> None:
         *("images_per_second", "train_seconds"),
     }
     assert set(result["accuracy"]) == {"selected", "mean", "std", "best"}
-    assert (result["data"], result["num_images"], result["epochs"], result["world_size"]) == ("digits", 1797, 2, 1)
+    assert (result["data"], result["num_images"], result["epochs"], result["world_size"]) == (
+        "digits",
+        1797,
+        2,
+        1,
+    )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss/clustering" in line] == [1, 2, 3, 4]
     wanted = {"loss/contrastive", "clustering/used_clusters", "overclustering/information_share_of_ln_k"}

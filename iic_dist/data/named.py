@@ -100,9 +100,7 @@ def _digits(root: Path, split: str, download: bool) -> Part:
 
 def _mnist(root: Path, split: str, download: bool) -> Part:
     folder = root / "MNIST" / "raw"
-    return _read(
-        "mnist", folder, download, lambda: (*_idx(datasets.MNIST, folder, split, download), _TEN_DIGITS)
-    )
+    return _read("mnist", folder, download, lambda: (*_idx(datasets.MNIST, folder, split, download), _TEN_DIGITS))
 
 
 def _fashion_mnist(root: Path, split: str, download: bool) -> Part:
@@ -125,9 +123,7 @@ def _idx(kind: type[datasets.MNIST], folder: Path, split: str, download: bool) -
         part = kind(folder.parent.parent, train=split == "train", download=download)
         return part.data.unsqueeze(1), part.targets
     with tempfile.TemporaryDirectory() as scratch:
-        images, labels = (
-            extract_archive(str(file), scratch) if file.suffix == ".gz" else str(file) for file in files
-        )
+        images, labels = (extract_archive(str(file), scratch) if file.suffix == ".gz" else str(file) for file in files)
         return read_image_file(images).unsqueeze(1), read_label_file(labels)
 
 
@@ -196,9 +192,7 @@ def _read(name: str, folder: Path, download: bool, load: Callable[[], Part]) -> 
     """Call `load`; what torchvision raises becomes one line that says how to get the set."""
     try:
         images, labels, class_names = load()
-        if labels is not None and (
-            len(labels) != len(images) or labels.min() < 0 or labels.max() >= len(class_names)
-        ):
+        if labels is not None and (len(labels) != len(images) or labels.min() < 0 or labels.max() >= len(class_names)):
             raise ValueError("the labels do not fit the images")
     except _LOAD_ERRORS as error:
         raise UsageError(

@@ -40,9 +40,7 @@ class Sampler:
         UsageError: batch_size is below 1, above num_images, or does not divide by world_size.
     """
 
-    def __init__(
-        self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         if batch_size < 1:
             raise UsageError(f"the batch size must be at least 1, got {batch_size}")

@@ -19,9 +19,7 @@ class ClusterNet(nn.Module):
         freeze_backbone: keep the backbone as it is: evaluation mode, no gradient, also in training.
     """
 
-    def __init__(
-        self, backbone: nn.Module, heads: Mapping[str, nn.Module], freeze_backbone: bool = False
-    ) -> None:
+    def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module], freeze_backbone: bool = False) -> None:
         super().__init__()
         if not heads:
             raise UsageError("a network without heads has nothing to train: give it at least one")

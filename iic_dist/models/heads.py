@@ -23,9 +23,7 @@ class SubHeads(nn.Module):
             an entropy weight above 1 can pull all logits to zero, where the gradient vanishes.
     """
 
-    def __init__(
-        self, in_features: int, num_sub_heads: int, num_clusters: int, std: float | None = None
-    ) -> None:
+    def __init__(self, in_features: int, num_sub_heads: int, num_clusters: int, std: float | None = None) -> None:
         super().__init__()
         if num_sub_heads < 1 or num_clusters < 2:
             raise UsageError(
@@ -54,15 +52,11 @@ class ProjectionHead(nn.Module):
     Source: Chen et al., arXiv:2002.05709, section 2.1. NT-Xent normalises the embedding, this head does not.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, hidden: int | None = None, norm: Norm = "batch"
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, hidden: int | None = None, norm: Norm = "batch") -> None:
         super().__init__()
         check_norm(norm)
         if out_features < 1 or (hidden is not None and hidden < 1):
-            raise UsageError(
-                f"a projection head of width {out_features}, hidden {hidden}: both must be at least 1"
-            )
+            raise UsageError(f"a projection head of width {out_features}, hidden {hidden}: both must be at least 1")
         self.layers: nn.Module
         if hidden is None:
             self.layers = nn.Linear(in_features, out_features)

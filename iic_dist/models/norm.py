@@ -11,9 +11,7 @@ from iic_dist.errors import UsageError
 
 Norm = Literal["batch", "group", "none"]
 
-_CHANNELS_PER_GROUP = (
-    16  # Wu & He, arXiv:1803.08494, table 3: as good as 32 groups, and it suits narrow layers
-)
+_CHANNELS_PER_GROUP = 16  # Wu & He, arXiv:1803.08494, table 3: as good as 32 groups, and it suits narrow layers
 
 
 def check_norm(norm: str) -> None:

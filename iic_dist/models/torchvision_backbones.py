@@ -101,9 +101,7 @@ def _build_with_norm(build: Callable[..., nn.Module], name: str, norm: Norm) -> 
         net = build()
     found = {type(module) for module in net.modules() if isinstance(module, _NORMS)}
     if found != ({nn.GroupNorm} if norm == "group" else set()):
-        raise UsageError(
-            f"backbone {name!r} has no norm {norm!r}: set norm to batch, or take small_cnn or a ResNet"
-        )
+        raise UsageError(f"backbone {name!r} has no norm {norm!r}: set norm to batch, or take small_cnn or a ResNet")
     return net
 
 
@@ -141,9 +139,7 @@ def _replace_first_convolution(net: nn.Module, name: str, in_channels: int) -> N
         ((path, module) for path, module in net.named_modules() if isinstance(module, nn.Conv2d)), ("", None)
     )
     if old is None or old.in_channels != 3 or old.groups != 1:
-        raise UsageError(
-            f"backbone {name!r} cannot be adapted to {in_channels} channels: use views of 3 channels"
-        )
+        raise UsageError(f"backbone {name!r} cannot be adapted to {in_channels} channels: use views of 3 channels")
     new = nn.Conv2d(
         in_channels,
         old.out_channels,

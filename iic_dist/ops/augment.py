@@ -104,9 +104,7 @@ def affine(images: Tensor, angle: Tensor, translate: Tensor, scale: Tensor, shea
     x = torch.arange(width, device=images.device) - (width - 1) / 2 - translate[:, :1].double()
     y = torch.arange(height, device=images.device) - (height - 1) / 2 - translate[:, 1:].double()
     grid = images.new_empty(images.shape[0], height, width, 2)
-    for axis, (from_x, from_y, side) in enumerate(
-        ((x_from_x, x_from_y, width), (y_from_x, y_from_y, height))
-    ):
+    for axis, (from_x, from_y, side) in enumerate(((x_from_x, x_from_y, width), (y_from_x, y_from_y, height))):
         along_x = (from_x.unsqueeze(1) * x * (2 / side)).to(images.dtype)
         along_y = (from_y.unsqueeze(1) * y * (2 / side)).to(images.dtype)
         torch.add(along_x.unsqueeze(1), along_y.unsqueeze(2), out=grid[..., axis])

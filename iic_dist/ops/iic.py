@@ -107,9 +107,7 @@ def _softmax_backward(probs: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     return grad_logits.permute(order).reshape(like.shape).to(like.dtype)
 
 
-def iic_logits_grad(
-    logits_a: Tensor, logits_b: Tensor, kept: BatchJoint, joint_grad: Tensor
-) -> tuple[Tensor, Tensor]:
+def iic_logits_grad(logits_a: Tensor, logits_b: Tensor, kept: BatchJoint, joint_grad: Tensor) -> tuple[Tensor, Tensor]:
     """Carry the gradient of the joint back to the logits of both views.
 
         g_i = G (sum_r z'_ri),  g'_ri = G z_i,  dlogits = z * (g - <z, g>)

@@ -49,9 +49,7 @@ def nt_xent_rows(z: Tensor, first_row: int, num_rows: int, temperature: float) -
     return log_sum_exp, positive
 
 
-def nt_xent_rows_grad(
-    z: Tensor, log_sum_exp: Tensor, first_row: int, num_rows: int, temperature: float
-) -> Tensor:
+def nt_xent_rows_grad(z: Tensor, log_sum_exp: Tensor, first_row: int, num_rows: int, temperature: float) -> Tensor:
     """Compute the gradient of the mean loss with respect to the unit rows of this rank.
 
         dz_i = 1 / (2G temperature) * [sum_{j != i} (p_ij + p_ji) z_j - 2 z_pos(i)]

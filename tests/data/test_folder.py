@@ -285,27 +285,16 @@ def png_header(width: int, height: int, depth: int = 1, colour: int = 0, data: b
     """A PNG that claims a size, whatever its data."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        )
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(data))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
 def flipped(content: bytes) -> bytes:
     """Bits of the compressed data turned over."""
     middle = len(content) // 2
-    return (
-        content[:middle]
-        + bytes(byte ^ 0xFF for byte in content[middle : middle + 20])
-        + content[middle + 20 :]
-    )
+    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 20]) + content[middle + 20 :]
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, size=(60, 60, 3), dtype=np.uint8))
@@ -314,9 +303,7 @@ TIFF, WEBP, BMP = file_of(NOISE, "TIFF"), file_of(NOISE, "WEBP", lossless=True),
 MALFORMED = {
     "bmp-short.bmp": BMP[: len(BMP) // 2],
     "bomb-header.png": png_header(100_000, 100_000),
-    "bomb-real.png": png_header(
-        20_000, 20_000, data=bytes(2501 * 20_000)
-    ),  # one bit a pixel: 50 kB here, 400 Mpx
+    "bomb-real.png": png_header(20_000, 20_000, data=bytes(2501 * 20_000)),  # one bit a pixel: 50 kB here, 400 Mpx
     "eps.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n",
     "float.tif": file_of(Image.new("F", (40, 40), 0.5), "TIFF"),
     "gif-short.gif": GIF[: len(GIF) // 2],
@@ -349,9 +336,7 @@ def test_malformed_files_are_skipped_and_each_is_named_once(tmp_path):
         assert reason, path
         assert "\n" not in reason
         assert str(tmp_path) not in reason
-    assert [np.array_equal(image_set.images[i].permute(1, 2, 0), picture(seed=i)) for i in range(3)] == [
-        True
-    ] * 3
+    assert [np.array_equal(image_set.images[i].permute(1, 2, 0), picture(seed=i)) for i in range(3)] == [True] * 3
     reasons = dict(problems)
     assert reasons["large.png"] == "ValueError: 8000 x 8000 pixels, the limit is 50000000"
     assert "not an image" in reasons["eps.png"]  # Pillow would start a program for it
@@ -391,9 +376,7 @@ def test_without_a_list_one_warning_tells_the_number(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "b.png").write_bytes(b"")
     save(tmp_path / "c.png", picture())
-    with pytest.warns(
-        UserWarning, match="skipped 2 of 3 image files in .*; the first, 'a.png': not an image"
-    ):
+    with pytest.warns(UserWarning, match="skipped 2 of 3 image files in .*; the first, 'a.png': not an image"):
         load_image_set(f"folder:{tmp_path}", tmp_path, "all", progress=False)
 
 
@@ -445,9 +428,7 @@ def test_links_out_of_the_folder_are_refused(linked):
     reasons = dict(problems)
     assert len(reasons) == len(problems)
     assert sorted(reasons) == ["broken.png", "folder", "out.png", "self.png", "sub/loop", "up"]
-    assert (
-        reasons["folder"] == reasons["out.png"] == reasons["up"] == "a symbolic link out of the image folder"
-    )
+    assert reasons["folder"] == reasons["out.png"] == reasons["up"] == "a symbolic link out of the image folder"
     assert "leads nowhere" in reasons["broken.png"]
     assert "leads nowhere" in reasons["self.png"]
     assert "back to a folder" in reasons["sub/loop"]

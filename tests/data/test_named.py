@@ -92,9 +92,7 @@ def write_mnist(folder: Path, packed: bool, seed: int = 0) -> dict[str, tuple[np
             (folder / f"{name}{'.gz' if packed else ''}").write_bytes(gzip.compress(data) if packed else data)
         written[split] = images, labels
         seed += 2
-    written["all"] = tuple(
-        np.concatenate(pair) for pair in zip(written["train"], written["test"], strict=True)
-    )
+    written["all"] = tuple(np.concatenate(pair) for pair in zip(written["train"], written["test"], strict=True))
     return written
 
 
@@ -151,9 +149,7 @@ def damage_empty(folder: Path) -> None:
 
 
 def damage_wrong_type(folder: Path) -> None:
-    (folder / "train-labels-idx1-ubyte").write_bytes(
-        b"\0\0\x0a\x01" + bytes(20)
-    )  # 10 is no type of the format
+    (folder / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x0a\x01" + bytes(20))  # 10 is no type of the format
 
 
 def damage_signed_labels(folder: Path) -> None:
@@ -302,9 +298,7 @@ def test_cifar100_has_its_20_superclasses(tmp_path, monkeypatch):
 def stl10(monkeypatch, tmp_path):
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
-    images = {
-        name: random_bytes(3, 3, 96, 96, seed=i) for i, name in enumerate(("train", "test", "unlabeled"))
-    }
+    images = {name: random_bytes(3, 3, 96, 96, seed=i) for i, name in enumerate(("train", "test", "unlabeled"))}
     labels = {"train": [0, 9, 4], "test": [5, 5, 1]}
     for name, pixels in images.items():
         (folder / f"{name}_X.bin").write_bytes(pixels.transpose(0, 1, 3, 2).tobytes())  # column by column

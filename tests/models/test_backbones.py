@@ -165,9 +165,7 @@ def test_pretrained_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.Monke
         torch.testing.assert_close(backbone.eval()(images), expected)
 
 
-def test_weights_that_cannot_be_fetched_are_a_usage_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_cannot_be_fetched_are_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise urllib.error.URLError("no route to host")
 

@@ -1,0 +1,140 @@
+"""From presets, files and options to a checked config."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import jsonargparse
+
+from iic_dist.config import HEADS, Config
+from iic_dist.errors import UsageError
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(f"{' '.join(message.split())} (--help lists all options)") from ex
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m iic_dist.train",
+        usage="%(prog)s [--config NAME|FILE] [--GROUP.FIELD VALUE ...] [--print_config]",
+        description="Cluster unlabelled images. Runs alone or under torchrun. "
+        f"Presets for --config: {', '.join(sorted(path.stem for path in PRESETS.glob('*.yaml')))}.",
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="A preset's name or a YAML file; options given beside it win. Default: digits.",
+    )
+    for group in dataclasses.fields(Config):
+        parser.add_class_arguments(group.default_factory, group.name)
+    return parser
+
+
+def _find(name: str) -> str:
+    """Return the file of a preset's name, or `name` itself where it is a file."""
+    preset = PRESETS / f"{name}.yaml"
+    if preset.is_file():
+        return str(preset)
+    if Path(name).is_file():
+        return name
+    names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    raise UsageError(f"--config {name}: neither a file nor a preset ({names})")
+
+
+def _config_first(arguments: list[str]) -> list[str]:
+    """Put --config, with its preset resolved, before the options, so that these win wherever they stand."""
+    config, rest = "digits", []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config":
+            config = next(remaining, "")
+        elif argument.startswith("--config="):
+            config = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    return ["--config", _find(config), *rest]
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """Read the command line into a checked `Config`.
+
+    Args:
+        arguments: Options without the program's name; None takes the process's own.
+
+    Raises:
+        UsageError: an unknown option, a value of the wrong type, or values that do not fit together.
+    """
+    parser = _parser()
+    parsed = parser.parse_args(_config_first(sys.argv[1:] if arguments is None else arguments))
+    groups = parser.instantiate(parsed)
+    config = Config(**{group.name: getattr(groups, group.name) for group in dataclasses.fields(Config)})
+    check(config)
+    return config
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise UsageError(f"{name}={value!r}: must be {rule}")
+
+
+def check(config: Config) -> None:
+    """Raise a UsageError for the first value that no run could work with."""
+    positive = {
+        "data": ("batch_size",),
+        "views": ("repeats",),
+        "model": ("sub_heads",),
+        "loss": ("entropy_weight", "temperature"),
+        "optim": ("lr",),
+        "train": ("epochs", "evaluate_batch_size", "checkpoint_every"),
+        "run": ("timeout_minutes",),
+        "monitor": ("log_every",),
+    }
+    not_negative = {
+        "model": ("num_overclusters", "projection_dim"),
+        "loss": ("clustering", "overclustering", "contrastive"),
+        "optim": ("warmup_epochs", "weight_decay", "clip_norm", "momentum"),
+        "train": ("contrastive_warmup_epochs", "evaluate_every"),
+        "monitor": ("pictures_every",),
+    }
+    for names, lowest, rule in ((positive, 0, "above 0"), (not_negative, -1, "0 or more")):
+        for group, fields in names.items():
+            for name in fields:
+                value = getattr(getattr(config, group), name)
+                above = value > 0 if lowest == 0 else value >= 0
+                _require(math.isfinite(value) and above, f"{group}.{name}", value, rule)
+    _require(0 <= config.run.seed < 2**63, "run.seed", config.run.seed, "from 0 to 2^63 - 1")
+    _check_heads(config)
+
+
+def _check_heads(config: Config) -> None:
+    model, train = config.model, config.train
+    for name, count in (
+        ("num_clusters", model.num_clusters),
+        ("num_overclusters", model.num_overclusters or None),
+    ):
+        _require(count is None or count >= 2, f"model.{name}", count, "2 or more")
+    unknown = [head for head in train.order if head not in HEADS]
+    _require(not unknown, "train.order", train.order, f"made of {', '.join(HEADS)}")
+    if train.schedule == "alternate":
+        missing = [head for head in config.heads if head not in train.order]
+        _require(not missing, "train.order", train.order, f"complete; the model also has {', '.join(missing)}")
+    if train.contrastive_warmup_epochs and "contrastive" not in config.heads:
+        raise UsageError(
+            f"train.contrastive_warmup_epochs={train.contrastive_warmup_epochs}: there is no contrastive head; "
+            "set model.projection_dim, e.g. 128"
+        )
+    if config.data.unlabelled and len(config.heads) == 1:
+        raise UsageError(
+            "data.unlabelled=true: only the overclustering and contrastive heads use unlabelled images; "
+            "set model.num_overclusters or model.projection_dim"
+        )
