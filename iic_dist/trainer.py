@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Sequence
@@ -118,12 +119,15 @@ class Trainer:
             network = torch.compile(network)  # type: ignore[assignment]
         if self.place.world_size == 1:
             return network
+        # torch 2.15 renamed the first of these; both leave the buffers alone after the start.
+        names = inspect.signature(DistributedDataParallel).parameters
+        sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
         return DistributedDataParallel(
             network,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
             find_unused_parameters=self.schedule.heads_take_turns,
+            **sync,
         )
 
     def train(self, folder: Path) -> dict[str, Any]:
@@ -311,7 +315,8 @@ class Trainer:
         result = self._result(counts)
         if numbers := report.result_numbers(result):
             monitor.scalars(self.step, numbers)
-            bar.write(f"epoch {self.epoch}: accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
+            if self.place.is_main:
+                bar.write(f"epoch {self.epoch}: accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
         every = self.config.monitor.pictures_every
         if self.epoch == self.config.train.epochs or (every and self.epoch % every == 0):
             clusters, confidence = assigned.gathered(self.selected())

@@ -216,3 +216,12 @@ def test_the_batch_size_must_divide_by_the_ranks() -> None:
     config: Config = parse(["--data.batch_size", "100"])
     with pytest.raises(UsageError, match=r"100 does not divide by 8 ranks: use 96 or 104"):
         Trainer(config, load_data(config, Place()), Place(3, 8, 3, 8), CPU)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_alike() -> None:
+    plain, compiled = digits_trainer(), digits_trainer("--train.compile", "true")
+    for step in range(2):
+        pairs = zip(*(losses_of(t.train_step(t.schedule.passes(0)[0], step)) for t in (plain, compiled)), strict=True)
+        for one, other in pairs:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
