@@ -1,0 +1,111 @@
+"""Look at this machine: `python -m iic_dist.doctor` says what training would run on; exit code 0 where it would work."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from iic_dist import __version__
+from iic_dist.losses import iic_loss, nt_xent_loss
+from iic_dist.ops import backend
+
+
+def _devices() -> str:
+    if not torch.cuda.is_available():
+        return f"none visible; CPU with {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    return os.path.realpath(found) if found else "not found"
+
+
+def _extension() -> str:
+    if backend.WHY_NOT_FUSED is not None:
+        return f"not used: {backend.WHY_NOT_FUSED}"
+    from iic_dist import _C
+
+    info = _C.build_info()
+    cuda = f"CUDA {info['cuda']}" if info["cuda"] else "no CUDA"
+    return f"{_C.__file__}, for torch {info['torch']}, {cuda}, {info['cpu_capability']} here"
+
+
+def _backends() -> str:
+    there = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()} if dist.is_available() else {}
+    return ", ".join(name for name, available in there.items() if available) or "none: one process only"
+
+
+def facts() -> dict[str, str]:
+    """List what a report of a problem should hold."""
+    return {
+        "iic_dist": __version__,
+        "python": f"{platform.python_version()} on {platform.machine()}",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'no'}",
+        "GPUs": _devices(),
+        "nvcc": _nvcc(),
+        "extension": _extension(),
+        "collectives": _backends(),
+    }
+
+
+def _error(value: Tensor, expected: float) -> float:
+    return abs(float(value.detach()) - expected)
+
+
+def checks(device: torch.device, impl: str) -> dict[str, float]:
+    """Compare the losses with values known by hand.
+
+    Returns:
+        The absolute error of each, in nats; all belong below 1e-4.
+    """
+    k = 10
+    one_hot = (1e4 * torch.eye(k, device=device)).unsqueeze(1).requires_grad_()
+    certain = iic_loss(one_hot, one_hot.detach(), impl=impl).loss.sum()
+    first = 1e4 * torch.eye(k, device=device).repeat_interleave(k, 0).unsqueeze(1)
+    second = 1e4 * torch.eye(k, device=device).repeat(k, 1).unsqueeze(1)
+    same = torch.ones(8, 4, device=device, requires_grad=True)
+    collapsed = nt_xent_loss(same, same, impl="auto")
+    (certain + collapsed).backward()
+    assert one_hot.grad is not None
+    assert same.grad is not None
+    return {
+        "IIC of agreeing one-hot views = -ln K": _error(certain, -math.log(k)),
+        "IIC of independent views = 0": _error(iic_loss(first, second, impl=impl).loss.sum(), 0.0),
+        "NT-Xent of equal embeddings = ln(2G - 1)": _error(collapsed, math.log(15)),
+        "gradients at these extremes = 0": float(one_hot.grad.abs().sum() + same.grad.abs().sum()),
+    }
+
+
+def _report(line: Callable[[str], None]) -> bool:
+    for name, value in facts().items():
+        line(f"{name:12} {value}")
+    good = True
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        impl = backend.choose("auto", device)
+        for name, error in checks(torch.device(device), impl).items():
+            passed = error < 1e-4
+            good &= passed
+            line(f"{'ok' if passed else 'WRONG':12} {device}, {impl}: {name} (error {error:.1e})")
+    return good
+
+
+def main() -> None:
+    """Print the report; exit with 1 where a loss is wrong."""
+    if not _report(print):
+        sys.exit("the losses are wrong on this machine: build the extension again, or use --loss.impl torch")
+    print("training would work")
+
+
+if __name__ == "__main__":
+    main()
