@@ -24,6 +24,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
+
 namespace iic_dist {
 
 // Floor of a probability before its logarithm: float64's machine epsilon, as in the published code.

@@ -1,0 +1,83 @@
+// Device code that the loss kernels share: reductions in a fixed order, strided rows, a softmax in registers.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace iic_dist {
+
+constexpr int kWarp = 32;
+
+// Logits or the like of any strides: rows x heads x clusters.
+template <typename scalar_t>
+struct Strided {
+  const scalar_t* data;
+  int64_t row_stride, head_stride, cluster_stride;
+
+  __device__ const scalar_t* at(int64_t row, int64_t head) const {
+    return data + row * row_stride + head * head_stride;
+  }
+};
+
+// Sum over aligned groups of kLanes lanes; every lane of the warp must call and gets its group's sum.
+template <int kLanes, typename T>
+__device__ T group_sum(T value) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+// Likewise the maximum; may lose a NaN, so whoever needs it must meet it again.
+template <int kLanes, typename T>
+__device__ T group_max(T value) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(0xffffffffu, value, step);
+    value = value > other ? value : other;
+  }
+  return value;
+}
+
+// Sum over a block of whole warps; scratch holds one value a warp. Every thread must call and gets the sum.
+template <typename T>
+__device__ T block_sum(T value, T* scratch) {
+  value = group_sum<kWarp>(value);
+  __syncthreads();  // scratch may still be read from the call before
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  T sum = 0;
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) sum += scratch[warp];
+  return sum;
+}
+
+// max(x, low) that lets NaN pass, which fmax does not.
+template <typename T>
+__device__ T clamp_min(T x, T low) {
+  return x < low ? low : x;
+}
+
+// Softmax of one row by a group of kLanes lanes: this lane gets columns lane, lane + kLanes, ... in p, zero from
+// column num_cols on. A null row gives zeros. Every lane of the warp must call.
+template <int kLanes, int kCols, typename scalar_t>
+__device__ void softmax_row(const scalar_t* row, int64_t stride, int num_cols, float (&p)[kCols]) {
+  const int lane = threadIdx.x % kLanes;
+  float largest = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < kCols; ++j) {
+    const int col = lane + j * kLanes;
+    p[j] = row != nullptr && col < num_cols ? static_cast<float>(row[col * stride]) : -INFINITY;
+    largest = fmaxf(largest, p[j]);
+  }
+  largest = group_max<kLanes>(largest);
+  float sum = 0;
+#pragma unroll
+  for (int j = 0; j < kCols; ++j) {
+    p[j] = lane + j * kLanes < num_cols ? expf(p[j] - largest) : 0.f;
+    sum += p[j];
+  }
+  const float scale = 1 / group_sum<kLanes>(sum);
+#pragma unroll
+  for (int j = 0; j < kCols; ++j) p[j] = row != nullptr ? p[j] * scale : 0.f;
+}
+
+}  // namespace iic_dist
