@@ -81,6 +81,7 @@ def extension(kind: str, toolkit: Path | None) -> dict[str, Any]:
         known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
         targets = [number for number, name in ARCHITECTURES.items() if name in known]
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(targets) + "+PTX")
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     host = ["-O3", "-std=c++20", "-Wall", *(["-fopenmp"] if sys.platform == "linux" else [])]
@@ -91,7 +92,7 @@ def extension(kind: str, toolkit: Path | None) -> dict[str, Any]:
     }
     if kind == "cuda":
         files += sorted(glob("csrc/cuda/*.cu"))
-        module = CUDAExtension("iic_dist._C", files, define_macros=[("IIC_DIST_CUDA", None)], **options)
+        module = CUDAExtension("iic_dist._C", files, define_macros=[("IIC_DIST_CUDA", torch.version.cuda)], **options)
     else:
         module = CppExtension("iic_dist._C", files, **options)
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}

@@ -20,7 +20,7 @@ pybind11::dict build_info() {
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
 #ifdef IIC_DIST_CUDA
-  info["cuda"] = IIC_DIST_CUDA;
+  info["cuda"] = C10_STRINGIZE(IIC_DIST_CUDA);
 #else
   info["cuda"] = pybind11::none();
 #endif

@@ -39,25 +39,30 @@ class IICTerms(NamedTuple):
 class _IICLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_a: Tensor, logits_b: Tensor, entropy_weight: float, group: dist.ProcessGroup | None
+        ctx: Any,
+        logits_a: Tensor,
+        logits_b: Tensor,
+        entropy_weight: float,
+        group: dist.ProcessGroup | None,
+        ops: iic.Implementation,
     ) -> tuple[Tensor, ...]:
-        kept = iic.iic_joint(logits_a, logits_b)
-        num_pairs = kept.joint_sum.new_full((1,), logits_b.shape[0])
-        packed = torch.cat([kept.joint_sum.flatten(), num_pairs])
-        distributed.all_reduce_sum(packed, group)
-        terms = iic.iic_information(packed[:-1].view_as(kept.joint_sum), packed[-1], entropy_weight)
-        ctx.save_for_backward(logits_a, logits_b, *kept, terms.joint_grad)
-        ctx.world_size = distributed.world_size(group)
-        outputs = terms[:5]
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        sums, probs_a, probs_b = ops.iic_joint(logits_a, logits_b)
+        distributed.all_reduce_sum(sums, group)
+        *terms, joint_grad = ops.iic_information(sums, logits_a.shape[1], entropy_weight)
+        ctx.save_for_backward(logits_a, logits_b, probs_a, probs_b, joint_grad)
+        ctx.ops, ctx.world_size = ops, distributed.world_size(group)
+        ctx.mark_non_differentiable(*terms[1:])
+        ctx.set_materialize_grads(False)  # else the joint's would be a matrix of zeros
+        return tuple(terms)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits_a, logits_b, joint_sum, probs_a, probs_b, joint_grad = ctx.saved_tensors
-        scaled = joint_grad * (grads[0] * ctx.world_size).view(-1, 1, 1)
-        kept = iic.BatchJoint(joint_sum, probs_a, probs_b)
-        return *iic.iic_logits_grad(logits_a, logits_b, kept, scaled), None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_loss = grads[0]
+        if grad_loss is None:
+            return None, None, None, None, None
+        if ctx.world_size > 1:
+            grad_loss = grad_loss * ctx.world_size
+        return *ctx.ops.iic_logits_grad(*ctx.saved_tensors, grad_loss), None, None, None
 
 
 def iic_loss(
@@ -88,9 +93,9 @@ def iic_loss(
     Collective: all ranks must call; reduces H*K*K + 1 floats. None in the backward pass.
     Source: Ji et al., ICCV 2019, equations 2, 3 and section 3.3 (w = lambda of the published code).
     """
-    backend.choose(impl)
+    ops = iic.implementation(impl, logits_a.device)
     _check_logits(logits_a, logits_b)
-    return IICTerms(*_IICLoss.apply(logits_a, logits_b, float(entropy_weight), group))
+    return IICTerms(*_IICLoss.apply(logits_a, logits_b, float(entropy_weight), group, ops))
 
 
 def _check_logits(logits_a: Tensor, logits_b: Tensor) -> None:
