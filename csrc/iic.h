@@ -1,7 +1,7 @@
 // The contract of the three IIC ops that the CPU and CUDA files share; library.cpp holds the schemas.
 //
 //   iic_joint(logits_a, logits_b) -> (sums, probs_a, probs_b)
-//   iic_information(sums, num_heads, entropy_weight)
+//   iic_information(sums, num_clusters, entropy_weight)
 //       -> (loss, mutual_information, entropy, conditional_entropy, joint, joint_grad)
 //   iic_logits_grad(logits_a, logits_b, probs_a, probs_b, joint_grad, grad_loss) -> (grad_a, grad_b)
 //
@@ -24,8 +24,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cmath>
-
 namespace iic_dist {
 
 // Floor of a probability before its logarithm: float64's machine epsilon, as in the published code.
@@ -43,14 +41,14 @@ inline void check_iic_logits(const at::Tensor& a, const at::Tensor& b) {
                     ": must be of one dtype on one device");
 }
 
-// K of a flat sums buffer of num_heads matrices.
-inline int64_t clusters_of_sums(const at::Tensor& sums, int64_t num_heads) {
-  TORCH_CHECK_VALUE(num_heads > 0 && sums.dim() == 1 && sums.is_contiguous(), "sums ", sums.sizes(), " for ",
-                    num_heads, " sub-heads: must be a contiguous vector of H*K*K + 1");
-  const auto k = static_cast<int64_t>(std::llround(std::sqrt(static_cast<double>((sums.numel() - 1) / num_heads))));
-  TORCH_CHECK_VALUE(k > 0 && num_heads * k * k + 1 == sums.numel(), "sums ", sums.sizes(), " for ", num_heads,
-                    " sub-heads: must hold H*K*K + 1 values");
-  return k;
+// H of a sums buffer of K x K matrices.
+inline int64_t heads_of_sums(const at::Tensor& sums, int64_t num_clusters) {
+  const int64_t size = num_clusters * num_clusters;
+  TORCH_CHECK_VALUE(size > 0 && sums.dim() == 1 && sums.is_contiguous() && sums.numel() > size &&
+                        sums.numel() % size == 1 % size,
+                    "sums ", sums.sizes(), " for ", num_clusters,
+                    " clusters: must be a contiguous vector of H*K*K + 1 values");
+  return (sums.numel() - 1) / size;
 }
 
 }  // namespace iic_dist

@@ -7,7 +7,7 @@
 TORCH_LIBRARY(iic_dist, m) {
   m.def("iic_joint(Tensor logits_a, Tensor logits_b) -> (Tensor sums, Tensor probs_a, Tensor probs_b)");
   m.def(
-      "iic_information(Tensor sums, int num_heads, float entropy_weight) -> (Tensor loss, Tensor mutual_information, "
+      "iic_information(Tensor sums, int num_clusters, float entropy_weight) -> (Tensor loss, Tensor mutual_information, "
       "Tensor entropy, Tensor conditional_entropy, Tensor joint, Tensor joint_grad)");
   m.def(
       "iic_logits_grad(Tensor logits_a, Tensor logits_b, Tensor probs_a, Tensor probs_b, Tensor joint_grad, "

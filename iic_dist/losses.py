@@ -48,7 +48,7 @@ class _IICLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         sums, probs_a, probs_b = ops.iic_joint(logits_a, logits_b)
         distributed.all_reduce_sum(sums, group)
-        *terms, joint_grad = ops.iic_information(sums, logits_a.shape[1], entropy_weight)
+        *terms, joint_grad = ops.iic_information(sums, logits_a.shape[2], entropy_weight)
         ctx.save_for_backward(logits_a, logits_b, probs_a, probs_b, joint_grad)
         ctx.ops, ctx.world_size = ops, distributed.world_size(group)
         ctx.mark_non_differentiable(*terms[1:])

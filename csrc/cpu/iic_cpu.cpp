@@ -97,8 +97,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> iic_joint_cpu(const at::Tensor& l
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> iic_information_cpu(
-    const at::Tensor& sums, int64_t num_heads, double entropy_weight) {
-  const int64_t k = clusters_of_sums(sums, num_heads);
+    const at::Tensor& sums, int64_t k, double entropy_weight) {
+  const int64_t num_heads = heads_of_sums(sums, k);
   at::Tensor terms[4];
   for (at::Tensor& term : terms) term = at::empty({num_heads}, sums.options());
   at::Tensor joint = at::empty({num_heads, k, k}, sums.options());
@@ -122,21 +122,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   return {terms[0], terms[1], terms[2], terms[3], joint, joint_grad};
 }
 
+void check_kept(const char* name, const at::Tensor& kept, at::IntArrayRef sizes, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(kept.sizes() == sizes && kept.scalar_type() == dtype && kept.is_contiguous(), name, " ",
+                    kept.sizes(), " of ", kept.scalar_type(), ": must be a contiguous ", sizes, " of ", dtype,
+                    ", as the ops before gave it for these logits");
+}
+
 std::tuple<at::Tensor, at::Tensor> iic_logits_grad_cpu(const at::Tensor& logits_a, const at::Tensor& logits_b,
                                                        const at::Tensor& probs_a, const at::Tensor& probs_b,
                                                        const at::Tensor& joint_grad, const at::Tensor& grad_loss) {
   check_iic_logits(logits_a, logits_b);
   const cpu::Shape shape = shape_of(logits_a, logits_b);
+  const int64_t h = shape.heads, k = shape.clusters;
+  const at::ScalarType dtype = acc_type(logits_a);
+  check_kept("probs_a", probs_a, {h, shape.panels, k, kPanel}, dtype);
+  check_kept("probs_b", probs_b, {shape.repeats, h, shape.panels, k, kPanel}, dtype);
+  check_kept("joint_grad", joint_grad, {h, k, k}, dtype);
+  TORCH_CHECK_VALUE(grad_loss.dim() == 1 && grad_loss.size(0) == h && grad_loss.scalar_type() == dtype, "grad_loss ",
+                    grad_loss.sizes(), " of ", grad_loss.scalar_type(), ": must be (H,) of ", dtype);
   const auto options = logits_a.options().memory_format(at::MemoryFormat::Contiguous);
   at::Tensor grad_a = at::empty(logits_a.sizes(), options), grad_b = at::empty(logits_b.sizes(), options);
-  const at::Tensor joint_grad_rows = joint_grad.contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits_a.scalar_type(), "iic_logits_grad_cpu", [&] {
     using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     const auto kernels = choose_kernels<scalar_t, A>();
     const cpu::LogitsGradTask<scalar_t, A> task{shape,
                                                 probs_a.const_data_ptr<A>(),
                                                 probs_b.const_data_ptr<A>(),
-                                                joint_grad_rows.const_data_ptr<A>(),
+                                                joint_grad.const_data_ptr<A>(),
                                                 grad_loss.const_data_ptr<A>(),
                                                 grad_loss.stride(0),
                                                 grad_a.mutable_data_ptr<scalar_t>(),

@@ -7,7 +7,6 @@ Source: Ji et al., Invariant Information Clustering, ICCV 2019, equations 2 and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -80,23 +79,17 @@ def iic_joint(logits_a: Tensor, logits_b: Tensor) -> BatchJoint:
     return BatchJoint(torch.cat([joint_sum.flatten(), num_pairs]), probs_a, probs_b)
 
 
-def _num_clusters(sums: Tensor, num_heads: int) -> int:
-    """K of a buffer of H*K*K + 1 values."""
-    return math.isqrt((sums.shape[0] - 1) // num_heads)
-
-
-def iic_information(sums: Tensor, num_heads: int, entropy_weight: float) -> Information:
+def iic_information(sums: Tensor, num_clusters: int, entropy_weight: float) -> Information:
     """Turn the (reduced) sums of outer products into the terms of the loss and its gradient.
 
         P = (M + M^T) / 2T;  A = ln P - w (ln p_row + ln p_col);  loss = -sum P A;  d loss / dM = -A / T
 
     Args:
         sums: (H*K*K + 1,), M of every sub-head and the number T of pairs, over all ranks.
-        num_heads: H.
+        num_clusters: K.
         entropy_weight: w; 1 makes the loss minus the mutual information.
     """
-    k = _num_clusters(sums, num_heads)
-    joint_sum, num_pairs = sums[:-1].view(num_heads, k, k), sums[-1]
+    joint_sum, num_pairs = sums[:-1].view(-1, num_clusters, num_clusters), sums[-1]
     symmetric = (joint_sum + joint_sum.transpose(1, 2)) / (2 * num_pairs)
     joint = symmetric.clamp_min(EPS)
     marginal = symmetric.sum(2).clamp_min(EPS)
@@ -178,11 +171,11 @@ def _fake_joint(logits_a: Tensor, logits_b: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _fake_information(
-    sums: Tensor, num_heads: int, entropy_weight: float
+    sums: Tensor, num_clusters: int, entropy_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    k = _num_clusters(sums, num_heads)
+    num_heads = (sums.shape[0] - 1) // (num_clusters * num_clusters)
     loss, information, entropy, conditional = (sums.new_empty(num_heads) for _ in range(4))
-    joint = sums.new_empty(num_heads, k, k)
+    joint = sums.new_empty(num_heads, num_clusters, num_clusters)
     return loss, information, entropy, conditional, joint, torch.empty_like(joint)
 
 
