@@ -8,7 +8,7 @@ namespace iic_dist {
 // Both views: a has num_rows rows (N), b has repeats * num_rows; repeat r of sample i stands in row r*N + i.
 template <typename scalar_t>
 struct Batch {
-  Strided<scalar_t> a, b;
+  Rows<scalar_t> a, b;
   int64_t num_rows;
   int repeats, num_heads, num_clusters;
 };

@@ -7,6 +7,7 @@ namespace iic_dist {
 
 constexpr int kSmallMax = 32;
 constexpr int kSmallThreads = 128;
+constexpr int kSmallResident = 4;             // blocks that share a multiprocessor: up to 128 registers a thread
 constexpr int kSmallRows = 64;                // pairs in a tile: half of the threads take one view, half the other
 constexpr int kSmallStride = kSmallRows + 8;  // no bank conflict where lanes read four clusters of two row groups
 
@@ -16,12 +17,14 @@ template <int kMax, typename scalar_t>
 __device__ void small_softmax(const Batch<scalar_t>& batch, int head, int64_t first_row,
                               float (&probs)[2][kMax][kSmallStride], float (&p)[kMax]) {
   const int view = threadIdx.x / kSmallRows, row = threadIdx.x % kSmallRows;
-  const Strided<scalar_t>& source = view == 0 ? batch.a : batch.b;
+  const Rows<scalar_t> source = {view == 0 ? batch.a.data : batch.b.data,
+                                 view == 0 ? batch.a.row_stride : batch.b.row_stride,
+                                 view == 0 ? batch.a.head_stride : batch.b.head_stride};
   const int repeats = view == 0 ? 1 : batch.repeats;
   const int64_t i = first_row + row;
   for (int r = 0; r < repeats; ++r) {
     const scalar_t* logits = i < batch.num_rows ? source.at(r * batch.num_rows + i, head) : nullptr;
-    softmax_row<1>(logits, source.cluster_stride, batch.num_clusters, p);
+    softmax_row<1>(logits, batch.num_clusters, p);
 #pragma unroll
     for (int c = 0; c < kMax; ++c) probs[view][c][row] = r == 0 ? p[c] : probs[view][c][row] + p[c];
   }
@@ -32,10 +35,10 @@ namespace {
 // A block owns a chunk of the rows of one head; a thread owns 4 x 4 sums over every kSlices-th group of 4 rows of a
 // tile (and one row of one view in the softmax). Shared memory holds the softmaxes of a tile of 64 pairs.
 template <int kMax, typename scalar_t>
-__global__ void __launch_bounds__(kSmallThreads)
+__global__ void __launch_bounds__(kSmallThreads, kSmallResident)
     iic_small_joint_kernel(Batch<scalar_t> batch, int tiles_per_block, float* partial) {
   constexpr int kSide = kMax / 4, kSlices = kSmallThreads / (kSide * kSide);
-  __shared__ alignas(16) float probs[2][kMax][kSmallStride];
+  alignas(16) __shared__ float probs[2][kMax][kSmallStride];
   const int slice = threadIdx.x % kSlices, patch = threadIdx.x / kSlices;
   const int first_i = patch / kSide, first_j = patch % kSide;
   float sums[4][4] = {};
@@ -45,6 +48,7 @@ __global__ void __launch_bounds__(kSmallThreads)
     float unused[kMax];
     small_softmax(batch, blockIdx.y, first_row, probs, unused);
     __syncthreads();
+#pragma unroll 1
     for (int row = slice * 4; row < kSmallRows; row += kSlices * 4) {
       float4 a[4], b[4];
 #pragma unroll
@@ -90,10 +94,10 @@ __device__ void small_write_grad(const float (&p)[kMax], const float (&g)[kMax],
 // A block owns 64 pairs of one head; a thread owns one row of one view (of all its repeats in the second view).
 // Shared memory holds the softmaxes of both views, which a thread needs of its partner, and the centred gradient.
 template <int kMax, typename scalar_t>
-__global__ void __launch_bounds__(kSmallThreads)
+__global__ void __launch_bounds__(kSmallThreads, kSmallResident)
     iic_small_grad_kernel(Batch<scalar_t> batch, JointGrad joint_grad, scalar_t* grad_a, scalar_t* grad_b) {
-  __shared__ alignas(16) float probs[2][kMax][kSmallStride];
-  __shared__ alignas(16) float matrix[kMax][kMax];
+  alignas(16) __shared__ float probs[2][kMax][kSmallStride];
+  alignas(16) __shared__ float matrix[kMax][kMax];
   const int head = blockIdx.y, k = batch.num_clusters;
   const int view = threadIdx.x / kSmallRows, row = threadIdx.x % kSmallRows;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kSmallRows, i = first_row + row;
@@ -114,7 +118,7 @@ __global__ void __launch_bounds__(kSmallThreads)
   }
   for (int r = batch.repeats - 1; r >= 0; --r) {  // backwards: the last repeat's softmax is still in p
     const int64_t repeat_row = r * batch.num_rows + i;
-    if (r < batch.repeats - 1) softmax_row<1>(batch.b.at(repeat_row, head), batch.b.cluster_stride, k, p);
+    if (r < batch.repeats - 1) softmax_row<1>(batch.b.at(repeat_row, head), k, p);
     small_write_grad(p, g, k, grad_b + (repeat_row * batch.num_heads + head) * k);
   }
 }

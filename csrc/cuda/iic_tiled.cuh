@@ -13,6 +13,10 @@ constexpr int kTiledThreads = 256;
 constexpr int kTiledLanes = 8;                            // lanes that share a row in the softmax
 constexpr int kTiledRows = kTiledThreads / kTiledLanes;  // pairs in a tile: every thread takes part of one row
 
+// Blocks that share a multiprocessor: the registers of larger K leave room for one.
+template <int kMax>
+constexpr int kTiledResident = kMax <= 96 ? 2 : 1;
+
 // Rows of the gradient in shared memory at once: all, or half where they would not fit the 99 KiB of any device.
 template <int kMax>
 constexpr int kSlabRows = kMax <= 96 ? kMax : kMax / 2;
@@ -30,7 +34,7 @@ constexpr int kTiledGradShared = 2 * kTiledRows * kRowStride<kMax> + kSlabRows<k
 // Softmax of 32 rows of one view as tile[row][cluster], summed over the repeats [first, last); zeros past the batch
 // and past the clusters.
 template <int kMax, int kStride, typename scalar_t>
-__device__ void tiled_softmax(const Strided<scalar_t>& view, const Batch<scalar_t>& batch, int head,
+__device__ void tiled_softmax(const Rows<scalar_t>& view, const Batch<scalar_t>& batch, int head,
                               int64_t first_row, int first, int last, float* tile) {
   const int row = threadIdx.x / kTiledLanes, lane = threadIdx.x % kTiledLanes;
   const int64_t i = first_row + row;
@@ -38,7 +42,7 @@ __device__ void tiled_softmax(const Strided<scalar_t>& view, const Batch<scalar_
   for (int r = first; r < last; ++r) {
     const scalar_t* logits = i < batch.num_rows ? view.at(r * batch.num_rows + i, head) : nullptr;
     float p[kMax / kTiledLanes];
-    softmax_row<kTiledLanes>(logits, view.cluster_stride, batch.num_clusters, p);
+    softmax_row<kTiledLanes>(logits, batch.num_clusters, p);
 #pragma unroll
     for (int j = 0; j < kMax / kTiledLanes; ++j) {
       out[j * kTiledLanes] = r == first ? p[j] : out[j * kTiledLanes] + p[j];
@@ -51,7 +55,7 @@ namespace {
 // A block owns a chunk of the rows of one head; a warp owns every 2nd strip of 16 rows and every 4th of 8 columns of
 // the joint, in registers. Shared memory holds the softmaxes of a tile of 32 pairs.
 template <int kMax, typename scalar_t>
-__global__ void __launch_bounds__(kTiledThreads)
+__global__ void __launch_bounds__(kTiledThreads, kTiledResident<kMax>)
     iic_tiled_joint_kernel(Batch<scalar_t> batch, int tiles_per_block, float* partial) {
   constexpr bool kExact = std::is_same_v<scalar_t, float>;
   constexpr int kStrips = kMax / 32, kStride = kColumnStride<kMax>;
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(kTiledThreads)
 // A block owns a chunk of the rows of one head; a warp owns 16 rows of one view and every 2nd strip of 8 clusters.
 // Shared memory holds the softmaxes of a tile of 32 pairs and the centred gradient, by halves if it is large.
 template <int kMax, typename scalar_t>
-__global__ void __launch_bounds__(kTiledThreads)
+__global__ void __launch_bounds__(kTiledThreads, kTiledResident<kMax>)
     iic_tiled_grad_kernel(Batch<scalar_t> batch, JointGrad joint_grad, int tiles_per_block, scalar_t* grad_a,
                           scalar_t* grad_b) {
   constexpr bool kExact = std::is_same_v<scalar_t, float>;

@@ -8,11 +8,11 @@ namespace iic_dist {
 
 constexpr int kWarp = 32;
 
-// Logits or the like of any strides: rows x heads x clusters.
+// Logits: rows and heads of any stride, the clusters of a row side by side.
 template <typename scalar_t>
-struct Strided {
+struct Rows {
   const scalar_t* data;
-  int64_t row_stride, head_stride, cluster_stride;
+  int64_t row_stride, head_stride;
 
   __device__ const scalar_t* at(int64_t row, int64_t head) const {
     return data + row * row_stride + head * head_stride;
@@ -59,25 +59,26 @@ __device__ T clamp_min(T x, T low) {
 // Softmax of one row by a group of kLanes lanes: this lane gets columns lane, lane + kLanes, ... in p, zero from
 // column num_cols on. A null row gives zeros. Every lane of the warp must call.
 template <int kLanes, int kCols, typename scalar_t>
-__device__ void softmax_row(const scalar_t* row, int64_t stride, int num_cols, float (&p)[kCols]) {
+__device__ void softmax_row(const scalar_t* row, int num_cols, float (&p)[kCols]) {
   const int lane = threadIdx.x % kLanes;
+  const int count = row != nullptr ? num_cols : 0;
   float largest = -INFINITY;
 #pragma unroll
   for (int j = 0; j < kCols; ++j) {
-    const int col = lane + j * kLanes;
-    p[j] = row != nullptr && col < num_cols ? static_cast<float>(row[col * stride]) : -INFINITY;
+    p[j] = lane + j * kLanes < count ? static_cast<float>(row[lane + j * kLanes]) : -INFINITY;
     largest = fmaxf(largest, p[j]);
   }
   largest = group_max<kLanes>(largest);
   float sum = 0;
 #pragma unroll
   for (int j = 0; j < kCols; ++j) {
-    p[j] = lane + j * kLanes < num_cols ? expf(p[j] - largest) : 0.f;
+    p[j] = lane + j * kLanes < count ? expf(p[j] - largest) : 0.f;
     sum += p[j];
   }
-  const float scale = 1 / group_sum<kLanes>(sum);
+  sum = group_sum<kLanes>(sum);
+  const float scale = count > 0 ? __fdividef(1.f, sum) : 0.f;
 #pragma unroll
-  for (int j = 0; j < kCols; ++j) p[j] = row != nullptr ? p[j] * scale : 0.f;
+  for (int j = 0; j < kCols; ++j) p[j] *= scale;
 }
 
 }  // namespace iic_dist

@@ -37,7 +37,8 @@ struct Operand {
 // D[n] += A B[n] for several B. One TF32 product is good to 2^-11 relative, too coarse for float32 inputs; kExact
 // adds both cross terms ("3xTF32") and leaves 2^-21. The loops keep products into one D apart, to hide latency.
 template <bool kExact, int kTiles>
-__device__ void multiply_add(float (&d)[kTiles][4], const Operand<4, kExact>& a, const Operand<2, kExact> (&b)[kTiles]) {
+__device__ void multiply_add(float (&d)[kTiles][4], const Operand<4, kExact>& a,
+                             const Operand<2, kExact> (&b)[kTiles]) {
   if (kExact) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) mma_16x8x8(d[n], a.low, b[n].high);
