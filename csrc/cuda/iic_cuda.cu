@@ -167,11 +167,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> iic_joint_cuda(const at::Tensor& 
   if (repeats > 1) probs_b = probs_b.view({repeats, n, h, k}).sum(0);
   at::Tensor joint = sums.narrow(0, 0, h * k * k).view({h, k, k});
   const at::Tensor left = probs_a.permute({1, 2, 0}), right = probs_b.permute({1, 0, 2});
-  if (left.scalar_type() == sums.scalar_type()) {
-    at::bmm_out(joint, left, right);
-  } else {
-    at::bmm_out(joint, left, right, sums.scalar_type());
-  }
+  at::bmm_out(joint, left, right, sums.scalar_type());
   sums.narrow(0, h * k * k, 1).fill_(logits_b.size(0));
   return {sums, probs_a, probs_b};
 }
@@ -285,9 +281,7 @@ at::Tensor library_centred(const at::Tensor& joint_grad, const at::Tensor& grad_
 // Gradient of the logits of one view, (rows, H, K): `partner` (N, H, K) are the other view's probabilities.
 void library_logits_grad(const at::Tensor& logits, const at::Tensor& partner, const at::Tensor& centred,
                          const at::Tensor& grad) {
-  const at::ScalarType acc = acc_type(logits);
-  const at::Tensor left = partner.permute({1, 0, 2});
-  const at::Tensor grad_probs = acc == left.scalar_type() ? at::bmm(left, centred) : at::bmm(left, centred, acc);
+  const at::Tensor grad_probs = at::bmm(partner.permute({1, 0, 2}), centred, acc_type(logits));
   const dim3 grid(static_cast<unsigned>(ceil_div(logits.size(0), kLibraryRows)), static_cast<unsigned>(logits.size(1)));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "iic_softmax_grad_cuda", [&] {
     using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;

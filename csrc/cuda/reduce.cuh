@@ -57,26 +57,28 @@ __device__ T clamp_min(T x, T low) {
 }
 
 // Softmax of one row by a group of kLanes lanes: this lane gets columns lane, lane + kLanes, ... in p, zero from
-// column num_cols on. A null row gives zeros. Every lane of the warp must call.
+// column num_cols on (NaN in a row of NaN). A null row gives zeros. Every lane of the warp must call.
 template <int kLanes, int kCols, typename scalar_t>
 __device__ void softmax_row(const scalar_t* row, int num_cols, float (&p)[kCols]) {
   const int lane = threadIdx.x % kLanes;
-  const int count = row != nullptr ? num_cols : 0;
-  float largest = -INFINITY;
+  const bool present = row != nullptr;
+  const float outside = present ? -INFINITY : 0.f;
+  float largest = outside;
 #pragma unroll
   for (int j = 0; j < kCols; ++j) {
-    p[j] = lane + j * kLanes < count ? static_cast<float>(row[lane + j * kLanes]) : -INFINITY;
+    const int col = lane + j * kLanes;
+    p[j] = present && col < num_cols ? static_cast<float>(row[col]) : outside;
     largest = fmaxf(largest, p[j]);
   }
   largest = group_max<kLanes>(largest);
   float sum = 0;
 #pragma unroll
   for (int j = 0; j < kCols; ++j) {
-    p[j] = lane + j * kLanes < count ? expf(p[j] - largest) : 0.f;
+    p[j] = expf(p[j] - largest);
     sum += p[j];
   }
   sum = group_sum<kLanes>(sum);
-  const float scale = count > 0 ? __fdividef(1.f, sum) : 0.f;
+  const float scale = present ? __fdividef(1.f, sum) : 0.f;
 #pragma unroll
   for (int j = 0; j < kCols; ++j) p[j] *= scale;
 }
