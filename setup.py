@@ -18,15 +18,16 @@ ARCHITECTURES = {"8.0": "compute_80", "9.0": "compute_90", "10.0": "compute_100"
 
 
 def cuda_toolkit() -> Path | None:
-    """The directory that holds bin/nvcc and include/cuda_runtime.h, through symbolic links and wrapper scripts."""
+    """The directory of bin/nvcc and include/cuda_runtime.h, through symbolic links and wrapper scripts."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("/usr/local/cuda/bin/nvcc")
+    path = f"{home}/bin" if home else os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin"
+    nvcc = shutil.which("nvcc", path=path)
     if nvcc is None:
         return None
     real = os.path.realpath(nvcc)
     dry_run = subprocess.run([real, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
     tops = [line.split("=", 1)[1] for line in dry_run.stderr.splitlines() if line.startswith("#$ TOP=")]
-    candidates = [Path(top).resolve() for top in (*tops, Path(real).parent.parent)]
+    candidates = [Path(top).resolve() for top in (*tops, os.path.dirname(os.path.dirname(real)))]
     return next((top for top in candidates if (top / "include" / "cuda_runtime.h").exists()), None)
 
 
@@ -36,7 +37,7 @@ def why_no_compiler() -> str | None:
         from torch.utils.cpp_extension import get_cxx_compiler
     except ImportError as error:
         return f"torch is not there while building ({error}); pass --no-build-isolation"
-    if shutil.which(get_cxx_compiler()) is None:
+    if shutil.which(str(get_cxx_compiler())) is None:
         return f"no C++ compiler ({get_cxx_compiler()})"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "no Python.h; install the Python development headers"
@@ -49,13 +50,12 @@ def why_no_cuda(toolkit: Path | None) -> str | None:
 
     if torch.version.cuda is None:
         return "this torch has no CUDA"
-    if not glob("csrc/cuda/*.cu"):
-        return "csrc/cuda is empty"
     if toolkit is None:
         return "no nvcc with its headers"
-    release = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-    major = torch.version.cuda.split(".")[0]
-    return None if f"release {major}." in release else f"torch has CUDA {torch.version.cuda}, nvcc another major"
+    release = subprocess.check_output([f"{toolkit}/bin/nvcc", "--version"], text=True)
+    if f"release {torch.version.cuda.split('.')[0]}." in release:
+        return None
+    return f"torch has CUDA {torch.version.cuda}, {toolkit} another major version"
 
 
 def choose() -> tuple[str, str, Path | None]:
@@ -78,7 +78,7 @@ def extension(kind: str, toolkit: Path | None) -> dict[str, Any]:
     """The arguments of setup() that build it."""
     if kind == "cuda":
         os.environ["CUDA_HOME"] = str(toolkit)  # read when torch's module is imported
-        known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+        known = subprocess.check_output([f"{toolkit}/bin/nvcc", "--list-gpu-arch"], text=True)
         targets = [number for number, name in ARCHITECTURES.items() if name in known]
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(targets) + "+PTX")
     import torch
@@ -92,12 +92,11 @@ def extension(kind: str, toolkit: Path | None) -> dict[str, Any]:
     }
     if kind == "cuda":
         files += sorted(glob("csrc/cuda/*.cu"))
-        module = CUDAExtension("iic_dist._C", files, define_macros=[("IIC_DIST_CUDA", torch.version.cuda)], **options)
-    else:
-        module = CppExtension("iic_dist._C", files, **options)
+        options["define_macros"] = [("IIC_DIST_CUDA", torch.version.cuda)]
+    module = (CUDAExtension if kind == "cuda" else CppExtension)("iic_dist._C", files, **options)
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 
 
 kind, why, toolkit = choose()
-print(f"iic_dist: building {'no extension' if kind == 'none' else f'the {kind} extension'} ({why})", flush=True)
+print(f"iic_dist extension: {kind} ({why})", flush=True)
 setup(**({} if kind == "none" else extension(kind, toolkit)))

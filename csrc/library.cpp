@@ -7,7 +7,8 @@
 TORCH_LIBRARY(iic_dist, m) {
   m.def("iic_joint(Tensor logits_a, Tensor logits_b) -> (Tensor sums, Tensor probs_a, Tensor probs_b)");
   m.def(
-      "iic_information(Tensor sums, int num_clusters, float entropy_weight) -> (Tensor loss, Tensor mutual_information, "
+      "iic_information(Tensor sums, int num_clusters, float entropy_weight) -> (Tensor loss, Tensor "
+      "mutual_information, "
       "Tensor entropy, Tensor conditional_entropy, Tensor joint, Tensor joint_grad)");
   m.def(
       "iic_logits_grad(Tensor logits_a, Tensor logits_b, Tensor probs_a, Tensor probs_b, Tensor joint_grad, "
@@ -32,5 +33,6 @@ pybind11::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("build_info", &build_info, "What this extension was built for, and the instruction set it runs with here.");
+  m.def("build_info", &build_info,
+        "What this extension was built for, and the instruction set it runs with here.");
 }

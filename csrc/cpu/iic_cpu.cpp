@@ -13,7 +13,10 @@ namespace {
 
 using cpu::kPanel;
 
-// The best of the compiled instruction sets that this processor has; ATEN_CPU_CAPABILITY=avx2|default lowers it.
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The best of the compiled instruction sets that this processor has; ATEN_CPU_CAPABILITY=avx2|default lowers
+// it.
 template <typename T, typename A>
 cpu::Kernels<T, A> choose_kernels() {
 #if defined(__x86_64__)
@@ -24,16 +27,16 @@ cpu::Kernels<T, A> choose_kernels() {
   return cpu::baseline::kernels<T, A>();
 }
 
-// 512 samples a task keep both views of K = 200 in a 1 MiB cache; 2K samples keep the partial joints of large K small.
-constexpr int64_t kChunkPanels = 8;
-
+// At most 512 samples a task keep both views of K = 200 in a 1 MiB cache, but 2K samples, so that the partial
+// joints of large K take less memory than the softmaxes. The chunks of a sub-head are of nearly one size.
 cpu::Shape shape_of(const at::Tensor& logits_a, const at::Tensor& logits_b) {
-  const int64_t n = logits_a.size(0), k = logits_a.size(2), panels = (n + kPanel - 1) / kPanel;
-  const int64_t chunk_panels = std::min(std::max(kChunkPanels, (2 * k + kPanel - 1) / kPanel), panels);
-  return {n, logits_a.size(1), k, logits_b.size(0) / n, panels, chunk_panels};
+  const int64_t n = logits_a.size(0), k = logits_a.size(2);
+  const int64_t panels = ceil_div(n, kPanel),
+                chunks = ceil_div(panels, std::max<int64_t>(8, ceil_div(2 * k, kPanel)));
+  return {n, logits_a.size(1), k, logits_b.size(0) / n, panels, ceil_div(panels, chunks)};
 }
 
-int64_t chunks_of(const cpu::Shape& shape) { return (shape.panels + shape.chunk_panels - 1) / shape.chunk_panels; }
+int64_t chunks_of(const cpu::Shape& shape) { return ceil_div(shape.panels, shape.chunk_panels); }
 
 template <typename T>
 cpu::Logits<T> logits_of(const at::Tensor& x) {
@@ -43,7 +46,9 @@ cpu::Logits<T> logits_of(const at::Tensor& x) {
   return {data, x.stride(0), x.stride(1), x.stride(2), data + last + 1};
 }
 
-at::ScalarType acc_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType acc_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 // One call of `work(head, chunk)` for each chunk of each sub-head, in any order on any thread.
 template <typename Work>
@@ -57,19 +62,20 @@ void for_each_chunk(const cpu::Shape& shape, const Work& work) {
 // Sums the chunks of each sub-head in their order, whatever the number of threads.
 template <typename A>
 void sum_chunks(const at::Tensor& partials, A* sums) {
-  const A* data = partials.const_data_ptr<A>();
-  const int64_t heads = partials.size(0), chunks = partials.size(1), size = partials.size(2);
-  at::parallel_for(0, heads * size, at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const A* part = data + i / size * chunks * size + i % size;
-      A sum = part[0];
-      for (int64_t c = 1; c < chunks; ++c) sum += part[c * size];
-      sums[i] = sum;
+  const int64_t chunks = partials.size(1), size = partials.size(2);
+  at::parallel_for(0, partials.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) {
+      const A* part = partials.const_data_ptr<A>() + head * chunks * size;
+      A* sum = sums + head * size;
+      std::copy(part, part + size, sum);
+      for (int64_t c = 1; c < chunks; ++c)
+        for (int64_t i = 0; i < size; ++i) sum[i] += part[c * size + i];
     }
   });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> iic_joint_cpu(const at::Tensor& logits_a, const at::Tensor& logits_b) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> iic_joint_cpu(const at::Tensor& logits_a,
+                                                             const at::Tensor& logits_b) {
   check_iic_logits(logits_a, logits_b);
   const cpu::Shape shape = shape_of(logits_a, logits_b);
   const int64_t h = shape.heads, k = shape.clusters;
@@ -130,7 +136,8 @@ void check_kept(const char* name, const at::Tensor& kept, at::IntArrayRef sizes,
 
 std::tuple<at::Tensor, at::Tensor> iic_logits_grad_cpu(const at::Tensor& logits_a, const at::Tensor& logits_b,
                                                        const at::Tensor& probs_a, const at::Tensor& probs_b,
-                                                       const at::Tensor& joint_grad, const at::Tensor& grad_loss) {
+                                                       const at::Tensor& joint_grad,
+                                                       const at::Tensor& grad_loss) {
   check_iic_logits(logits_a, logits_b);
   const cpu::Shape shape = shape_of(logits_a, logits_b);
   const int64_t h = shape.heads, k = shape.clusters;
@@ -138,23 +145,25 @@ std::tuple<at::Tensor, at::Tensor> iic_logits_grad_cpu(const at::Tensor& logits_
   check_kept("probs_a", probs_a, {h, shape.panels, k, kPanel}, dtype);
   check_kept("probs_b", probs_b, {shape.repeats, h, shape.panels, k, kPanel}, dtype);
   check_kept("joint_grad", joint_grad, {h, k, k}, dtype);
-  TORCH_CHECK_VALUE(grad_loss.dim() == 1 && grad_loss.size(0) == h && grad_loss.scalar_type() == dtype, "grad_loss ",
-                    grad_loss.sizes(), " of ", grad_loss.scalar_type(), ": must be (H,) of ", dtype);
+  TORCH_CHECK_VALUE(grad_loss.dim() == 1 && grad_loss.size(0) == h && grad_loss.scalar_type() == dtype,
+                    "grad_loss ", grad_loss.sizes(), " of ", grad_loss.scalar_type(), ": must be (H,) of ",
+                    dtype);
   const auto options = logits_a.options().memory_format(at::MemoryFormat::Contiguous);
   at::Tensor grad_a = at::empty(logits_a.sizes(), options), grad_b = at::empty(logits_b.sizes(), options);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits_a.scalar_type(), "iic_logits_grad_cpu", [&] {
-    using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    const auto kernels = choose_kernels<scalar_t, A>();
-    const cpu::LogitsGradTask<scalar_t, A> task{shape,
-                                                probs_a.const_data_ptr<A>(),
-                                                probs_b.const_data_ptr<A>(),
-                                                joint_grad.const_data_ptr<A>(),
-                                                grad_loss.const_data_ptr<A>(),
-                                                grad_loss.stride(0),
-                                                grad_a.mutable_data_ptr<scalar_t>(),
-                                                grad_b.mutable_data_ptr<scalar_t>()};
-    for_each_chunk(shape, [&](int64_t head, int64_t chunk) { kernels.logits_grad(task, head, chunk); });
-  });
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, logits_a.scalar_type(), "iic_logits_grad_cpu", [&] {
+        using A = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+        const auto kernels = choose_kernels<scalar_t, A>();
+        const cpu::LogitsGradTask<scalar_t, A> task{shape,
+                                                    probs_a.const_data_ptr<A>(),
+                                                    probs_b.const_data_ptr<A>(),
+                                                    joint_grad.const_data_ptr<A>(),
+                                                    grad_loss.const_data_ptr<A>(),
+                                                    grad_loss.stride(0),
+                                                    grad_a.mutable_data_ptr<scalar_t>(),
+                                                    grad_b.mutable_data_ptr<scalar_t>()};
+        for_each_chunk(shape, [&](int64_t head, int64_t chunk) { kernels.logits_grad(task, head, chunk); });
+      });
   return {grad_a, grad_b};
 }
 

@@ -1,14 +1,16 @@
-// What iic_cpu.cpp asks of an instruction set. iic_cpu_{avx512,avx2,baseline}.cpp each compile iic_kernels.inc for one.
+// What iic_cpu.cpp asks of an instruction set. iic_cpu_{avx512,avx2,baseline}.cpp each compile
+// iic_kernels.inc for one.
 //
-// Softmaxes are kept in panels of 64 samples, (K, 64) each: the sample is the fast index, so that every sum over
-// clusters is a plain vector sum and K needs no padding.
+// Softmaxes are kept in panels of 64 samples, (K, 64) each: the sample is the fast index, so that every sum
+// over clusters is a plain vector sum and K needs no padding.
 #pragma once
 
 #include <cstdint>
 
 namespace iic_dist::cpu {
 
-constexpr int64_t kPanel = 64;  // samples, for every instruction set: the shape that is kept does not depend on it
+constexpr int64_t kPanel =
+    64;  // samples, for every instruction set: the shape that is kept does not depend on it
 
 // Logits of one view: T[row * row_stride + head * head_stride + cluster * cluster_stride].
 template <typename T>
@@ -20,8 +22,9 @@ struct Logits {
 
 struct Shape {
   int64_t samples, heads, clusters, repeats;
-  int64_t panels;        // of 64 samples, the last one padded with zeros
-  int64_t chunk_panels;  // panels that one task handles: from the shape alone, never from the number of threads
+  int64_t panels;  // of 64 samples, the last one padded with zeros
+  int64_t
+      chunk_panels;  // panels that one task handles: from the shape alone, never from the number of threads
 };
 
 // T: type of the logits, A: type of everything else.

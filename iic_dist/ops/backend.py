@@ -22,21 +22,21 @@ def _load() -> tuple[str | None, frozenset[str]]:
         running = torch.__version__.split("+")[0]
         if info["torch"] == running:
             return None, frozenset({"cpu", "cuda"} if info["cuda"] else {"cpu"})
-        why = f"the extension iic_dist._C was built for torch {info['torch']}, this is {running}; build it again"
+        why = f"the extension iic_dist._C was built for torch {info['torch']}, not {running}; build it again"
     _logger.warning("the losses run in PyTorch: %s", why)
     return why, frozenset()
 
 
 WHY_NOT_FUSED, FUSED_DEVICES = _load()
-"""None where the extension is loaded, else the reason why not, and the device types it serves; settled for the life
-of the process."""
+"""None where the extension is loaded, else the reason why not; and the device types it serves. Settled for
+the life of the process."""
 
 
 def choose(impl: str, device_type: str = "cpu") -> str:
     """Resolve `impl` to "fused" or "torch".
 
     Args:
-        impl: "auto" takes the extension where it is loaded and serves the device, else PyTorch; the others insist.
+        impl: "auto" takes the extension where it is loaded and serves the device; the others insist.
         device_type: of the tensors, as in `tensor.device.type`.
 
     Raises:
