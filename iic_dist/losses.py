@@ -1,7 +1,7 @@
 """The losses of the global batch: local part -> collective -> op.
 
-Both return the value of the whole batch of all ranks on every rank. DDP averages gradients over the W ranks, so
-each local gradient carries a factor W: the average is then the gradient of the global loss, with any shards.
+Both return the value of the whole batch of all ranks on every rank. DDP averages gradients over the W ranks,
+so each local gradient carries a factor W: the average is the gradient of the global loss, for any shards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class IICTerms(NamedTuple):
         loss: (H,); with entropy_weight 1 minus the mutual information, in [-ln K, 0].
         mutual_information: (H,), in [0, ln K].
         entropy: (H,), of the marginal; ln K where all clusters are used alike.
-        conditional_entropy: (H,), of one view's cluster given the other's; 0 where they are certain and agree.
+        conditional_entropy: (H,), of one view's cluster given the other's; 0 where both agree with certainty.
         joint: (H, K, K), symmetric, sums to one.
     """
 
@@ -39,25 +39,30 @@ class IICTerms(NamedTuple):
 class _IICLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_a: Tensor, logits_b: Tensor, entropy_weight: float, group: dist.ProcessGroup | None
+        ctx: Any,
+        logits_a: Tensor,
+        logits_b: Tensor,
+        entropy_weight: float,
+        group: dist.ProcessGroup | None,
+        ops: iic.Implementation,
     ) -> tuple[Tensor, ...]:
-        kept = iic.iic_joint(logits_a, logits_b)
-        num_pairs = kept.joint_sum.new_full((1,), logits_b.shape[0])
-        packed = torch.cat([kept.joint_sum.flatten(), num_pairs])
-        distributed.all_reduce_sum(packed, group)
-        terms = iic.iic_information(packed[:-1].view_as(kept.joint_sum), packed[-1], entropy_weight)
-        ctx.save_for_backward(logits_a, logits_b, *kept, terms.joint_grad)
-        ctx.world_size = distributed.world_size(group)
-        outputs = terms[:5]
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        sums, probs_a, probs_b = ops.iic_joint(logits_a, logits_b)
+        distributed.all_reduce_sum(sums, group)
+        *terms, joint_grad = ops.iic_information(sums, logits_a.shape[2], entropy_weight)
+        ctx.save_for_backward(logits_a, logits_b, probs_a, probs_b, joint_grad)
+        ctx.ops, ctx.world_size = ops, distributed.world_size(group)
+        ctx.mark_non_differentiable(*terms[1:])
+        ctx.set_materialize_grads(False)  # else the joint's would be a matrix of zeros
+        return tuple(terms)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits_a, logits_b, joint_sum, probs_a, probs_b, joint_grad = ctx.saved_tensors
-        scaled = joint_grad * (grads[0] * ctx.world_size).view(-1, 1, 1)
-        kept = iic.BatchJoint(joint_sum, probs_a, probs_b)
-        return *iic.iic_logits_grad(logits_a, logits_b, kept, scaled), None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_loss = grads[0]
+        if grad_loss is None:
+            return None, None, None, None, None
+        if ctx.world_size > 1:
+            grad_loss = grad_loss * ctx.world_size
+        return *ctx.ops.iic_logits_grad(*ctx.saved_tensors, grad_loss), None, None, None
 
 
 def iic_loss(
@@ -88,23 +93,30 @@ def iic_loss(
     Collective: all ranks must call; reduces H*K*K + 1 floats. None in the backward pass.
     Source: Ji et al., ICCV 2019, equations 2, 3 and section 3.3 (w = lambda of the published code).
     """
-    backend.choose(impl)
+    ops = iic.implementation(impl, logits_a.device)
     _check_logits(logits_a, logits_b)
-    return IICTerms(*_IICLoss.apply(logits_a, logits_b, float(entropy_weight), group))
+    return IICTerms(*_IICLoss.apply(logits_a, logits_b, float(entropy_weight), group, ops))
 
 
 def _check_logits(logits_a: Tensor, logits_b: Tensor) -> None:
-    shapes = f"logits_a {tuple(logits_a.shape)} and logits_b {tuple(logits_b.shape)}"
-    if logits_a.dim() != 3 or logits_b.dim() != 3 or logits_a.shape[1:] != logits_b.shape[1:]:
-        raise ValueError(f"{shapes}: must be (N, H, K) and (R*N, H, K)")
+    a, b = logits_a.shape, logits_b.shape
+    if len(a) != 3 or len(b) != 3 or a[1:] != b[1:]:
+        raise ValueError(f"{_shapes(logits_a, logits_b)}: must be (N, H, K) and (R*N, H, K)")
     if logits_a.numel() == 0 or logits_b.numel() == 0:
-        raise ValueError(f"{shapes}: an empty batch has no joint; give every rank at least one pair")
-    if logits_b.shape[0] % logits_a.shape[0]:
-        raise ValueError(f"{shapes}: the second views must be a whole multiple of the first ones")
+        raise ValueError(
+            f"{_shapes(logits_a, logits_b)}: an empty batch has no joint; give every rank at least one pair"
+        )
+    if b[0] % a[0]:
+        raise ValueError(f"{_shapes(logits_a, logits_b)}: the second views must be a whole multiple of the first ones")
     if logits_a.dtype != logits_b.dtype or not logits_a.is_floating_point():
         raise ValueError(f"logits of {logits_a.dtype} and {logits_b.dtype}: must be of one floating dtype")
     if logits_a.device != logits_b.device:
         raise ValueError(f"logits on {logits_a.device} and {logits_b.device}: must be on one device")
+
+
+def _shapes(logits_a: Tensor, logits_b: Tensor) -> str:
+    """Only for messages: to write it takes three times as long as to check."""
+    return f"logits_a {tuple(logits_a.shape)} and logits_b {tuple(logits_b.shape)}"
 
 
 class _NTXentLoss(torch.autograd.Function):
@@ -146,8 +158,8 @@ def nt_xent_loss(
         temperature: > 0.
         group: the ranks that share the batch; the default group if there is one.
         impl: "auto", "fused" (raises if the extension is not there) or "torch".
-        shard_sizes: N of every rank in rank order, where the caller knows it; None asks the ranks, which costs a
-            round trip on the host.
+        shard_sizes: N of every rank in rank order, where the caller knows it; None asks the ranks, which
+            costs a round trip on the host.
 
     Returns:
         (), in at least float32; ln(2G - 1) where all embeddings are the same.

@@ -193,8 +193,9 @@ class Trainer:
         for head in each.heads:
             if head in self._epoch_joint:
                 joint = self._epoch_joint[head]
-                batches = torch.full((), each.steps, dtype=joint.dtype, device=joint.device)
-                self.sub_head_loss[head] = iic_information(joint, batches, self.config.loss.entropy_weight).loss
+                sums = torch.cat([joint.flatten(), joint.new_full((1,), each.steps)])
+                weight = self.config.loss.entropy_weight
+                self.sub_head_loss[head] = iic_information(sums, joint.shape[-1], weight).loss
 
     def learning_rate(self, heads: Sequence[str], step: int) -> float:
         """Return the learning rate of a step that trains `heads`."""

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import importlib
+import logging
+
+import torch
 
 IMPLEMENTATIONS = ("auto", "fused", "torch")
 
+_logger = logging.getLogger(__name__)
 
-def _load() -> str | None:
+
+def _load() -> tuple[str | None, frozenset[str]]:
+    """Load the extension: why not, if not, and the device types that it has kernels for."""
     try:
-        importlib.import_module("iic_dist._C")
-    except ImportError as error:
-        return f"the extension iic_dist._C could not be loaded ({error})"
-    return None
+        info = importlib.import_module("iic_dist._C").build_info()
+    except (ImportError, OSError) as error:
+        why = f"the extension iic_dist._C could not be loaded ({error})"
+    else:
+        running = torch.__version__.split("+")[0]
+        if info["torch"] == running:
+            return None, frozenset({"cpu", "cuda"} if info["cuda"] else {"cpu"})
+        why = f"the extension iic_dist._C was built for torch {info['torch']}, not {running}; build it again"
+    _logger.warning("the losses run in PyTorch: %s", why)
+    return why, frozenset()
 
 
-WHY_NOT_FUSED = _load()
-"""None where the extension is loaded, else the reason why not; settled for the life of the process."""
+WHY_NOT_FUSED, FUSED_DEVICES = _load()
+"""None where the extension is loaded, else the reason why not; and the device types it serves. Settled for
+the life of the process."""
 
 
-def choose(impl: str) -> str:
+def choose(impl: str, device_type: str = "cpu") -> str:
     """Resolve `impl` to "fused" or "torch".
 
     Args:
-        impl: "auto" takes the extension where it is loaded, else PyTorch; the other two insist.
+        impl: "auto" takes the extension where it is loaded and serves the device; the others insist.
+        device_type: of the tensors, as in `tensor.device.type`.
 
     Raises:
         ValueError: `impl` is none of the three.
@@ -33,6 +47,9 @@ def choose(impl: str) -> str:
         raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "fused" and WHY_NOT_FUSED is not None:
         raise RuntimeError(f"impl='fused': {WHY_NOT_FUSED}; use impl='auto' or 'torch'")
+    if impl == "fused" and device_type not in FUSED_DEVICES:
+        served = ", ".join(sorted(FUSED_DEVICES))
+        raise RuntimeError(f"impl='fused': the extension was built for {served}, not {device_type}")
     if impl == "auto":
-        return "torch" if WHY_NOT_FUSED else "fused"
+        return "fused" if device_type in FUSED_DEVICES else "torch"
     return impl

@@ -1,0 +1,27 @@
+// The IIC kernels for AVX2. Other headers come before the pragma: their inline functions are shared with the
+// rest of the program and must not need AVX2.
+#if defined(__x86_64__)
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "iic_kernels.h"
+
+#define IIC_DIST_ISA avx2
+#define IIC_DIST_VECTOR_BYTES 32
+#define IIC_DIST_REGISTERS 16
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#include "iic_kernels.inc"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
