@@ -25,7 +25,7 @@ install: $(STAMP)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml setup.py | $(if $(filter True,$(HAS_TORCH)),,$(VENV)/bin/python)
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*) | $(if $(filter True,$(HAS_TORCH)),,$(VENV)/bin/python)
 	$(PY) -c 'import torch, torchvision' 2>/dev/null || $(PY) -m pip install -q torch torchvision
 	$(PY) -m pip install -q 'setuptools>=77' wheel ninja pybind11
 	$(PY) -m pip install -q --no-build-isolation -e '.[dev]'

@@ -1,7 +1,8 @@
-"""Look at this machine: `python -m iic_dist.doctor` says what training would run on; exit code 0 where it would work."""
+"""Look at this machine: `python -m iic_dist.doctor` says what training would run on; it exits with 0 where it works."""
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import platform
@@ -33,11 +34,10 @@ def _nvcc() -> str:
 def _extension() -> str:
     if backend.WHY_NOT_FUSED is not None:
         return f"not used: {backend.WHY_NOT_FUSED}"
-    from iic_dist import _C
-
-    info = _C.build_info()
+    extension = importlib.import_module("iic_dist._C")
+    info = extension.build_info()
     cuda = f"CUDA {info['cuda']}" if info["cuda"] else "no CUDA"
-    return f"{_C.__file__}, for torch {info['torch']}, {cuda}, {info['cpu_capability']} here"
+    return f"{extension.__file__}, for torch {info['torch']}, {cuda}, {info['cpu_capability']} here"
 
 
 def _backends() -> str:

@@ -12,7 +12,7 @@ import iic_dist
 PACKAGE = Path(iic_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-COMMANDS = {"train", "evaluate"}
+COMMANDS = {"train", "evaluate", "doctor"}
 SEES_CONFIG = COMMANDS | {"command_line", "build", "trainer", "config"}
 LEVEL = {
     **dict.fromkeys(("errors", "__init__", "config"), 0),
@@ -22,6 +22,7 @@ LEVEL = {
     **dict.fromkeys(("monitor", "inference"), 4),
     **dict.fromkeys(("report", "build"), 5),
     "trainer": 6,
+    "doctor": 7,
     "train": 7,
     "evaluate": 8,
 }
