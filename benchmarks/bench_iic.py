@@ -1,34 +1,52 @@
 """The IIC loss in every form that a user could pick, forward and backward from logits, 5 sub-heads.
 
     pytest benchmarks/bench_iic.py --benchmark-only     pytest-benchmark's statistics, grouped by shape
-    python benchmarks/bench_iic.py                      the forms in turn: a table, and results/iic_*.json
+    python benchmarks/bench_iic.py                      the forms in turn: a table, and results/iic_cpu.json
+    python benchmarks/bench_iic.py --device cuda        likewise on a GPU: results/iic_cuda.json
 
-A CPU is measured at one thread in CPU time, a GPU in the time of its stream.
+A CPU is measured at one thread in CPU time; a GPU in its own time in a replayed graph and in eager time on the wall.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import measuring
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from iic_dist.losses import iic_loss
+from iic_dist.ops import iic
 
 EPS = 2.2e-16
 HEADS = 5
 SHAPES = [(256, 10), (1024, 10), (700, 70), (1024, 70), (4096, 100), (1024, 1000)]
 """(N, K): batches of the CIFAR-10 and overclustering heads, and what a larger problem would ask for."""
+GPU_SHAPES = [(1024, 10), (1024, 70), (4096, 100), (1024, 1000), (8192, 1000)]
+H100_BARS_US = {
+    "1024 x 10": {"float32": 15, "bfloat16": 15},
+    "1024 x 70": {"float32": 20, "bfloat16": 20},
+    "4096 x 100": {"float32": 50, "bfloat16": 50},
+    "1024 x 1000": {"tf32": 130, "bfloat16": 130},
+    "8192 x 1000": {"tf32": 900, "bfloat16": 500},
+}
+"""GPU time of a step in a graph that the fused loss may take on an H100."""
+PRECISIONS = {
+    "float32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "bfloat16": (torch.bfloat16, "highest"),
+}
+"""dtype of the logits and torch.set_float32_matmul_precision."""
+TOLERANCE = {"float32": 3e-5, "tf32": 2e-2, "bfloat16": 2e-2}
+"""Largest relative norm of the error of the loss and of each gradient."""
 
 Form = Callable[[Tensor, Tensor], Tensor]
 
@@ -75,9 +93,9 @@ RIVALS = ("published, product", "einsum", "torch.compile", "impl=torch")
 """The PyTorch forms that the fused loss must beat, each shape's best of them."""
 
 
-def fits(name: str, n: int, k: int) -> bool:
-    """False where a form would need more memory than a small machine has."""
-    return name != "published loop" or n * k * k * 4 <= 1 << 30
+def fits(name: str, n: int, k: int, limit: int = 1 << 30) -> bool:
+    """Say whether the form's outer products of a sub-head, in bytes, stay below a limit; other forms have none."""
+    return name != "published loop" or n * k * k * 4 <= limit
 
 
 def make_logits(n: int, k: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -93,81 +111,44 @@ def step(form: Form, logits_a: Tensor, logits_b: Tensor) -> tuple[Tensor, ...]:
     return loss.detach(), *torch.autograd.grad(loss.sum(), (logits_a, logits_b))
 
 
-def assert_parity(form: Form, logits_a: Tensor, logits_b: Tensor) -> None:
-    """Raise unless value and gradients are those of the published formula in float64."""
-    reference = [x.detach().double().requires_grad_() for x in (logits_a, logits_b)]
-    tolerance = 3e-5 if logits_a.dtype == torch.float32 else 2e-2
-    for value, wanted in zip(step(form, logits_a, logits_b), step(published_product, *reference), strict=True):
-        error = float((value.double() - wanted).norm() / wanted.norm())
-        assert error <= tolerance, f"relative error {error:.1e} of {tuple(wanted.shape)}, {tolerance} allowed"
+def reference(logits_a: Tensor, logits_b: Tensor) -> tuple[Tensor, ...]:
+    """What `step` should give: the published formula in float64."""
+    doubles = [x.detach().double().requires_grad_() for x in (logits_a, logits_b)]
+    return step(published_product, *doubles)
 
 
-def peak_mebibytes(work: Callable[[], object], device: str) -> float:
-    """The most memory that tensors held at once beyond what was there before."""
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        work()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 2**20
+def relative_error(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest relative norm of the errors; NaN where there is one among them."""
+    pairs = zip(values, wanted, strict=True)
+    return float(torch.stack([(value.double() - want).norm() / want.norm() for value, want in pairs]).max())
 
 
-def milliseconds(work: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop)
-    before = time.thread_time()
-    work()
-    return (time.thread_time() - before) * 1e3
+def assert_parity(values: Sequence[Tensor], wanted: Sequence[Tensor], precision: str = "float32") -> None:
+    """Raise unless value and gradients are those of the reference."""
+    error = relative_error(values, wanted)
+    assert error <= TOLERANCE[precision], f"relative error {error:.1e}, {TOLERANCE[precision]} allowed"
 
 
-def measure(n: int, k: int, device: str, seconds: float) -> dict[str, dict[str, Any]]:
+def measure(n: int, k: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Median milliseconds and peak memory of every form, one step of each in turn until the time is up."""
-    logits = make_logits(n, k, device)
+    logits = make_logits(n, k, "cpu")
     works = {name: (lambda form=form: step(form, *logits)) for name, form in FORMS.items() if fits(name, n, k)}
-    for name in works:
-        assert_parity(FORMS[name], *logits)
+    wanted = reference(*logits)
+    for work in works.values():
+        assert_parity(work(), wanted)
     times: dict[str, list[float]] = {name: [] for name in works}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["impl=fused"]) < 7:
         for name, work in works.items():
-            times[name].append(milliseconds(work, device))
+            times[name].append(measuring.cpu_milliseconds(work))
     return {
         name: {
             "median_ms": statistics.median(values),
             "lower_quartile_ms": statistics.quantiles(values, n=4)[0],
             "runs": len(values),
-            "peak_mib": peak_mebibytes(works[name], device),
+            "peak_mib": measuring.peak_mebibytes(works[name], "cpu"),
         }
         for name, values in times.items()
-    }
-
-
-def provenance(device: str) -> dict[str, Any]:
-    from iic_dist import _C
-
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else names[0].split(": ")[1],
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "commit": git.stdout.strip(),
-        "extension": _C.build_info(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
     }
 
 
@@ -187,19 +168,99 @@ def print_table(results: dict[str, dict[str, dict[str, Any]]]) -> None:
         print(f"{shape:14}" + "".join(peaks))
 
 
+def gpu_cases() -> Iterator[tuple[str, int, int, str]]:
+    """(precision, N, K, form): the fused loss first, torch.compile, which takes seconds a shape, last."""
+    for precision in PRECISIONS:
+        for n, k in GPU_SHAPES:
+            yield precision, n, k, "impl=fused"
+    for name in ("impl=torch", "einsum", "published, product", "published loop", "torch.compile"):
+        for n, k in GPU_SHAPES:
+            yield "float32", n, k, name
+            if name in ("impl=torch", "einsum") and k > 160:
+                yield "tf32", n, k, name
+
+
+def measure_ops(logits_a: Tensor, logits_b: Tensor) -> dict[str, float]:
+    """Microseconds of GPU time of each of the three native ops."""
+    ops = iic.implementation("fused", logits_a.device)
+    views = logits_a.detach(), logits_b.detach()
+    sums, *kept = ops.iic_joint(*views)
+    *terms, joint_grad = ops.iic_information(sums, views[0].shape[2], 1.0)
+    works: dict[str, measuring.Work] = {
+        "iic_joint": lambda: ops.iic_joint(*views),
+        "iic_information": lambda: ops.iic_information(sums, views[0].shape[2], 1.0),
+        "iic_logits_grad": lambda: ops.iic_logits_grad(*views, *kept, joint_grad, terms[0]),
+    }
+    return {name: 1e3 * measuring.graph_milliseconds(work)[0] for name, work in works.items()}
+
+
+def measure_on_gpu(precision: str, n: int, k: int, name: str) -> dict[str, Any]:
+    """Measure one form at one shape; an error is part of the result."""
+    row: dict[str, Any] = {"shape": f"{n} x {k}", "precision": precision, "form": name}
+    if not fits(name, n, k, torch.cuda.mem_get_info()[0] // 6):
+        return row | {"left_out": f"{n * k * k * 4 >> 30} GiB of outer products a sub-head"}
+    dtype, matmul = PRECISIONS[precision]
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        logits = make_logits(n, k, "cuda", dtype)
+        wanted = reference(*logits)
+        work = lambda: step(FORMS[name], *logits)  # noqa: E731
+        assert_parity(work(), wanted, precision)
+        row["wall_us"] = 1e3 * measuring.wall_milliseconds(work)
+        row["peak_mib"] = measuring.peak_mebibytes(work, "cuda")
+        milliseconds, replayed = measuring.graph_milliseconds(work)
+        assert_parity(replayed, wanted, precision)
+        row |= {"graph_us": 1e3 * milliseconds, "relative_error": relative_error(replayed, wanted)}
+        if name == "impl=fused":
+            row |= {"ops_us": measure_ops(*logits), "h100_bar_us": H100_BARS_US[row["shape"]].get(precision)}
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    return row
+
+
+def print_gpu_table(rows: list[dict[str, Any]]) -> None:
+    """One line a case; the last columns compare with the fused loss, eager, at the same shape and precision."""
+    fused = {(row["shape"], row["precision"]): row for row in rows if row["form"] == "impl=fused"}
+    print(f"{'us':14}{'precision':>10}  {'form':20}{'graph':>10}{'H100 bar':>10}{'eager':>10}{'MiB':>8}{'/ fused':>9}")
+    for row in sorted(rows, key=lambda row: GPU_SHAPES.index(tuple(map(int, row["shape"].split(" x "))))):
+        line = f"{row['shape']:14}{row['precision']:>10}  {row['form']:20}"
+        if "graph_us" not in row:
+            print(line, row.get("left_out") or row["error"])
+            continue
+        bar = row.get("h100_bar_us") or "-"
+        line += f"{row['graph_us']:10.1f}{bar:>10}{row['wall_us']:10.1f}{row['peak_mib']:8.0f}"
+        wall = fused[row["shape"], row["precision"]].get("wall_us")
+        print(line + (f"{row['wall_us'] / wall:8.2f}x" if wall else f"{'-':>9}"))
+
+
+def write(path: Path, device: str, figures: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"provenance": measuring.provenance(device), **figures}, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--seconds", type=float, default=10, help="for each shape")
+    parser.add_argument("--seconds", type=float, default=10, help="for each shape, on a CPU")
     parser.add_argument("--output", type=Path, help="the JSON file; default results/iic_DEVICE.json")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    results = {f"{n} x {k}": measure(n, k, options.device, options.seconds) for n, k in SHAPES}
-    print_table(results)
     path = options.output or Path(__file__).parent / "results" / f"iic_{options.device}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"provenance": provenance(options.device), "shapes": results}, indent=2) + "\n")
+    torch.set_num_threads(1)
+    if options.device == "cpu":
+        results = {f"{n} x {k}": measure(n, k, options.seconds) for n, k in SHAPES}
+        print_table(results)
+        write(path, "cpu", {"shapes": results})
+    else:
+        rows = []
+        for case in gpu_cases():
+            rows.append(measure_on_gpu(*case))
+            write(path, "cuda", {"rows": rows})  # each time, so that a run that is cut off leaves its figures
+        print_gpu_table(rows)
     print(f"written to {path}")
+    if options.device == "cuda" and any("error" in row and row["form"] == "impl=fused" for row in rows):
+        sys.exit("the fused loss failed: see the table")
 
 
 @pytest.mark.benchmark(timer=time.thread_time, min_rounds=5, max_time=1, warmup=False)
@@ -209,9 +270,9 @@ def test_forward_backward(benchmark: Any, n: int, k: int, name: str) -> None:
     if not fits(name, n, k):
         pytest.skip(f"{n} x {k} x {k} outer products need {n * k * k * 4 >> 20} MiB a sub-head")
     logits = make_logits(n, k, "cpu")
-    assert_parity(FORMS[name], *logits)
+    assert_parity(step(FORMS[name], *logits), reference(*logits))
     benchmark.group = f"IIC {n} x {k}"
-    benchmark.extra_info["peak_mib"] = peak_mebibytes(lambda: step(FORMS[name], *logits), "cpu")
+    benchmark.extra_info["peak_mib"] = measuring.peak_mebibytes(lambda: step(FORMS[name], *logits), "cpu")
     benchmark(step, FORMS[name], *logits)
 
 

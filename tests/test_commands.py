@@ -12,6 +12,7 @@ from PIL import Image
 
 from iic_dist import train
 from iic_dist.data.named import DEBIAN_FASHION_MNIST
+from iic_dist.ops import backend
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 SMALL = ["--data.batch_size", "448", "--train.epochs", "2", "--model.sub_heads", "2", "--monitor.progress", "false"]
@@ -70,7 +71,6 @@ def test_a_run_on_two_ranks_is_the_run_on_one_and_can_be_evaluated_again(tmp_pat
         (["--data.name", "folder:nowhere"], "nowhere"),
         (["--data.name", "folder:empty"], "empty"),
         (["--run.name", "../up"], "run.name='../up'"),
-        (["--loss.impl", "fused", "--run.name", "x"], "impl='fused'"),
         (["--data.batch_size", "5000"], "5000"),
     ],
 )
@@ -92,6 +92,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert said.startswith("error: ")
     assert says in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_compiled_losses_that_are_not_there_are_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backend, "WHY_NOT_FUSED", "it was never built")
+    monkeypatch.setattr(sys, "argv", ["train", "--loss.impl", "fused", "--run.threads", "1"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert capsys.readouterr().err.startswith("error: loss.impl='fused': it was never built")
 
 
 def test_an_indivisible_batch_size_is_said_once_on_two_ranks(tmp_path: Path) -> None:
