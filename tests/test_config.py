@@ -58,7 +58,7 @@ def test_the_heads_follow_from_their_sizes() -> None:
         (["--config", "cifar11"], "--config cifar11.*cifar10"),
         (["--run.device", "tpu"], "run.device.*tpu"),
         (["--optim.lr", "-1"], "optim.lr=-1.0: must be above 0"),
-        (["--optim.lr", "inf"], "optim.lr=inf: must be above 0"),
+        (["--optim.lr", "inf"], "optim.lr.*inf"),
         (["--loss.temperature", "0"], "loss.temperature=0.0"),
         (["--run.seed", "-3"], "run.seed=-3"),
         (["--model.num_clusters", "1"], "model.num_clusters=1: must be 2 or more"),

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import published
 import pytest
 import torch
 from torch import Tensor
@@ -55,24 +56,6 @@ SHAPES = [
     (66, 1, 331, 1),
     (20, 1, 1000, 1),
 ]
-EPS = 2.2e-16
-
-
-def published_iic(logits_a: Tensor, logits_b: Tensor, entropy_weight: float = 1.0) -> Tensor:
-    """Ji et al., by sub-head: N x K x K outer products, summed, symmetric, normalised, clamped; (H,)."""
-    repeats = logits_b.shape[0] // logits_a.shape[0]
-    losses = []
-    for head in range(logits_a.shape[1]):
-        z = logits_a[:, head].softmax(1).repeat(repeats, 1)
-        z_other = logits_b[:, head].softmax(1)
-        joint = (z.unsqueeze(2) * z_other.unsqueeze(1)).sum(0)
-        joint = (joint + joint.t()) / 2
-        joint = joint / joint.sum()
-        row = joint.sum(1, keepdim=True).expand_as(joint).clamp(min=EPS)
-        column = joint.sum(0, keepdim=True).expand_as(joint).clamp(min=EPS)
-        joint = joint.clamp(min=EPS)
-        losses.append(-(joint * (joint.log() - entropy_weight * (row.log() + column.log()))).sum())
-    return torch.stack(losses)
 
 
 def logits(n: int, h: int, k: int, repeats: int = 1, scale: float = 2.0, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -99,7 +82,7 @@ def error(value: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
 def assert_published(a: Tensor, b: Tensor, impl: str, entropy_weight: float = 1.0) -> None:
     value, *gradients = with_gradients(lambda a, b: iic_loss(a, b, entropy_weight=entropy_weight, impl=impl).loss, a, b)
     wanted, *wanted_gradients = with_gradients(
-        lambda a, b: published_iic(a, b, entropy_weight), a.double().cpu(), b.double().cpu()
+        lambda a, b: published.iic(a, b, entropy_weight), a.double().cpu(), b.double().cpu()
     )
     tolerance = TOLERANCE[a.dtype]
     # The mutual information of a single pair is the small difference of logarithms: their size is the scale.
@@ -176,7 +159,7 @@ def test_saturated_logits_and_dead_clusters(k: int, dtype: torch.dtype, impl: st
     a = torch.full((80, 2, k), -1e4, dtype=dtype, device=device)
     a[torch.arange(80), :, torch.arange(80) % max(1, k // 2)] = 1e4
     value, *gradients = with_gradients(lambda a, b: iic_loss(a, b, impl=impl).loss, a, a.clone())
-    wanted = published_iic(a.double(), a.double())
+    wanted = published.iic(a.double(), a.double())
     assert error(value, wanted, floor=1.0) <= TOLERANCE[dtype]
     for gradient in gradients:
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -316,7 +299,7 @@ def test_every_instruction_set(capability: str, tmp_path: Path) -> None:
     subprocess.run(command, env=environment, check=True)
     for (a, b), outputs in zip(inputs, torch.load(tmp_path / "tensors.pt"), strict=True):
         a, b = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
-        loss = published_iic(a, b)
+        loss = published.iic(a, b)
         for value, wanted in zip(outputs, (loss.detach(), *torch.autograd.grad(loss.sum(), (a, b))), strict=True):
             assert error(value, wanted, floor=1e-6) <= 3e-5
 
