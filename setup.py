@@ -87,7 +87,7 @@ def extension(kind: str, toolkit: Path | None) -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     host = ["-O3", "-std=c++20", "-Wall", *(["-fopenmp"] if sys.platform == "linux" else [])]
-    files = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
+    files = ["csrc/library.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     options: dict[str, Any] = {
         "depends": [path for path in glob("csrc/**", recursive=True) if Path(path).is_file()],
         "extra_compile_args": {"cxx": host, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},

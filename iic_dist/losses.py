@@ -95,8 +95,6 @@ def iic_loss(
     """
     ops = iic.implementation(impl, logits_a.device)
     _check_logits(logits_a, logits_b)
-    if ops.iic_loss is not None and distributed.world_size(group) == 1:
-        return IICTerms(*ops.iic_loss(logits_a, logits_b, entropy_weight))
     return IICTerms(*_IICLoss.apply(logits_a, logits_b, float(entropy_weight), group, ops))
 
 

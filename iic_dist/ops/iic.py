@@ -167,12 +167,11 @@ def iic_logits_grad(
 
 
 class Implementation(NamedTuple):
-    """The three steps by one implementation, and where it has that, the whole loss of a batch of one rank."""
+    """The three steps, by one implementation."""
 
     iic_joint: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     iic_information: Callable[[Tensor, int, float], tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
     iic_logits_grad: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    iic_loss: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None = None
 
 
 def _load_fused() -> Implementation:
