@@ -37,9 +37,7 @@ def devices_of(*ops: str) -> frozenset[str]:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     known = all(torch._C._dispatch_has_kernel(f"iic_dist::{op}") for op in ops)
     return frozenset(
-        device
-        for device in FUSED_DEVICES
-        if known and all(has_kernel(f"iic_dist::{op}", device.upper()) for op in ops)
+        device for device in FUSED_DEVICES if known and all(has_kernel(f"iic_dist::{op}", device.upper()) for op in ops)
     )
 
 
