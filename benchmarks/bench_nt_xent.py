@@ -9,6 +9,7 @@ One thread of a CPU, in CPU time. The three bare products, of the whole matrices
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import measuring
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_iic import relative_error, write
+from bench_iic import relative_error
 from torch import Tensor
 
 from iic_dist.losses import nt_xent_loss
@@ -121,9 +122,9 @@ def reference(embeddings_a: Tensor, embeddings_b: Tensor) -> tuple[Tensor, ...]:
 def measure(rows: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Median milliseconds and peak memory of every form, one step of each in turn until the time is up."""
     embeddings = make_embeddings(rows)
-    works: dict[str, measuring.Work] = {
-        name: (lambda form=form: step(form, *embeddings)) for name, form in FORMS.items()
-    }
+    works: dict[str, measuring.Work] = {}
+    for name, form in FORMS.items():
+        works[name] = lambda form=form: step(form, *embeddings)
     wanted = reference(*embeddings)
     for work in works.values():
         assert_parity(work(), wanted)
@@ -171,7 +172,9 @@ def main() -> None:
     results = {str(rows): measure(rows, options.seconds) for rows in ROWS}
     print_table(results)
     print_bars(results["8192"])
-    write(options.output, "cpu", {"rows": results})
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    figures = {"provenance": measuring.provenance("cpu"), "rows": results}
+    options.output.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"written to {options.output}")
 
 
