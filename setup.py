@@ -15,13 +15,13 @@ from typing import Any
 from setuptools import setup
 
 ARCHITECTURES = {"8.0": "compute_80", "9.0": "compute_90", "10.0": "compute_100"}
+USUAL_PLACE = "/usr/local/cuda/bin"  # where nvcc is looked for last
 
 
 def cuda_toolkit() -> Path | None:
     """The directory of bin/nvcc and include/cuda_runtime.h, through symbolic links and wrapper scripts."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    path = f"{home}/bin" if home else os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin"
-    nvcc = shutil.which("nvcc", path=path)
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else os.environ.get("PATH", "") + os.pathsep + USUAL_PLACE)
     if nvcc is None:
         return None
     real = os.path.realpath(nvcc)
@@ -37,8 +37,9 @@ def why_no_compiler() -> str | None:
         from torch.utils.cpp_extension import get_cxx_compiler
     except ImportError as error:
         return f"torch is not there while building ({error}); pass --no-build-isolation"
-    if shutil.which(str(get_cxx_compiler())) is None:
-        return f"no C++ compiler ({get_cxx_compiler()})"
+    compiler = str(get_cxx_compiler())  # may be a command with arguments: "ccache g++"
+    if shutil.which(compiler.partition(" ")[0]) is None:
+        return f"no C++ compiler ({compiler})"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "no Python.h; install the Python development headers"
     return None
@@ -86,7 +87,7 @@ def extension(kind: str, toolkit: Path | None) -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     host = ["-O3", "-std=c++20", "-Wall", *(["-fopenmp"] if sys.platform == "linux" else [])]
-    files = ["csrc/library.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    files = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
     options: dict[str, Any] = {
         "depends": [path for path in glob("csrc/**", recursive=True) if Path(path).is_file()],
         "extra_compile_args": {"cxx": host, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
@@ -98,6 +99,7 @@ def extension(kind: str, toolkit: Path | None) -> dict[str, Any]:
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 
 
-kind, why, toolkit = choose()
-print(f"iic_dist extension: {kind} ({why})", flush=True)
-setup(**({} if kind == "none" else extension(kind, toolkit)))
+if __name__ == "__main__":
+    kind, why, toolkit = choose()
+    print(f"iic_dist extension: {kind} ({why})", flush=True)
+    setup(**({} if kind == "none" else extension(kind, toolkit)))

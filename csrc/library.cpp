@@ -1,4 +1,5 @@
-// Every op schema, and what this binary is. csrc/cpu and csrc/cuda register the implementations.
+// Every op schema, and what this binary is. csrc/cpu and csrc/cuda register the implementations; iic_loss.cpp puts
+// them together.
 #include <ATen/Version.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -13,6 +14,9 @@ TORCH_LIBRARY(iic_dist, m) {
   m.def(
       "iic_logits_grad(Tensor logits_a, Tensor logits_b, Tensor probs_a, Tensor probs_b, Tensor joint_grad, "
       "Tensor grad_loss) -> (Tensor grad_a, Tensor grad_b)");
+  m.def(
+      "iic_loss(Tensor logits_a, Tensor logits_b, float entropy_weight) -> (Tensor loss, Tensor mutual_information, "
+      "Tensor entropy, Tensor conditional_entropy, Tensor joint)");
   m.def(
       "nt_xent_rows(Tensor z, int first_row, int num_rows, float temperature) -> (Tensor log_sum_exp, "
       "Tensor positive)");

@@ -51,8 +51,8 @@ class _IICLoss(torch.autograd.Function):
         sums, probs_a, probs_b = ops.iic_joint(logits_a, logits_b)
         distributed.all_reduce_sum(sums, group)
         *terms, joint_grad = ops.iic_information(sums, logits_a.shape[2], entropy_weight)
-        ctx.save_for_backward(logits_a, logits_b, probs_a, probs_b, joint_grad)
         ctx.ops, ctx.world_size = ops, distributed.world_size(group)
+        ctx.save_for_backward(logits_a, logits_b, probs_a, probs_b, joint_grad)
         ctx.mark_non_differentiable(*terms[1:])
         ctx.set_materialize_grads(False)  # else the joint's would be a matrix of zeros
         return tuple(terms)
@@ -97,6 +97,8 @@ def iic_loss(
     """
     ops = iic.implementation(impl, logits_a.device)
     _check_logits(logits_a, logits_b)
+    if ops.iic_loss is not None and distributed.world_size(group) == 1:
+        return IICTerms(*ops.iic_loss(logits_a, logits_b, entropy_weight))
     return IICTerms(*_IICLoss.apply(logits_a, logits_b, float(entropy_weight), group, ops))
 
 

@@ -42,7 +42,8 @@ def imported_rooms(path: Path) -> set[str]:
             names |= {f"iic_dist.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module or "")
-    return {name.split(".")[1] for name in names if name.startswith("iic_dist.")}
+    rooms = {name.split(".")[1] for name in names if name.startswith("iic_dist.")}
+    return {name for name in rooms if not name.startswith("__")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -167,11 +167,12 @@ def iic_logits_grad(
 
 
 class Implementation(NamedTuple):
-    """The three steps, by one implementation."""
+    """The three steps by one implementation, and where it has that, the whole loss of a batch of one rank."""
 
     iic_joint: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     iic_information: Callable[[Tensor, int, float], tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
     iic_logits_grad: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    iic_loss: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] | None = None
 
 
 def _load_fused() -> Implementation:
@@ -180,7 +181,8 @@ def _load_fused() -> Implementation:
     torch.library.register_fake("iic_dist::iic_joint", _fake_joint)
     torch.library.register_fake("iic_dist::iic_information", _fake_information)
     torch.library.register_fake("iic_dist::iic_logits_grad", _fake_logits_grad)
-    return Implementation(ops.iic_joint.default, ops.iic_information.default, ops.iic_logits_grad.default)
+    names = Implementation._fields
+    return Implementation(*(getattr(ops, name).default for name in names))
 
 
 def _fake_joint(logits_a: Tensor, logits_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,9 +222,13 @@ def _fake_logits_grad(
 
 TORCH = Implementation(iic_joint, iic_information, iic_logits_grad)
 FUSED = _load_fused() if backend.WHY_NOT_FUSED is None else None
+_CHOSEN: dict[tuple[str, str], Implementation] = {}
 
 
 def implementation(impl: str, device: torch.device) -> Implementation:
     """Resolve `impl` ("auto", "fused" or "torch") for tensors on `device`; see `backend.choose`."""
-    chosen = backend.choose(impl, device.type)
-    return FUSED if FUSED is not None and chosen == "fused" else TORCH
+    chosen = _CHOSEN.get((impl, device.type))
+    if chosen is None:
+        fused = backend.choose(impl, device.type) == "fused"
+        chosen = _CHOSEN[impl, device.type] = FUSED if FUSED is not None and fused else TORCH
+    return chosen

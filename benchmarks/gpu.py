@@ -1,0 +1,295 @@
+"""All that a CUDA GPU can say about this tree, in less than 9 minutes, without a network or an installation.
+
+    make gpu PYTHON=python3         or: python3 benchmarks/gpu.py [--output FILE]
+
+Builds the extension in place, runs the tests marked `gpu`, the benchmarks, a short training and compute-sanitizer,
+each in a process of its own and within a time limit, and writes one JSON after each step. Exit code 0: nothing
+failed; 1: a step failed; 2: no GPU here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = {"build": 190, "tests": 110, "benchmarks": 90, "doctor": 20, "training": 35, "memcheck": 35, "racecheck": 40}
+"""Share of each step; what one leaves over goes to the next ones. Together 520 s."""
+LAST_WORDS = 8
+"""Seconds between the request to stop and the end by force, within the share."""
+TAIL = 6000
+"""Characters of a step's output that the JSON keeps."""
+SMALL_SHAPES = [(3500, 10), (70, 20), (1800, 70), (900, 150), (70, 200)]
+"""(N, K) of every kernel family for compute-sanitizer; with 5 sub-heads the first two sizes of N make a block of the
+first kernels take two tiles, so that a missing barrier between tiles would show."""
+
+
+@dataclass
+class Step:
+    """One process to run, and what to make of it.
+
+    Attributes:
+        why_not: reason to leave it out, or None.
+        figures: reads what the process left, given all its output.
+    """
+
+    name: str
+    command: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    why_not: str | None = None
+    figures: Callable[[str], dict[str, Any]] = lambda output: {}
+
+
+def missing(*modules: str) -> str | None:
+    """Which of these modules are not installed, as a reason."""
+    names = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(names)}" if names else None
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a process and its children, giving it the time to write down what it has."""
+    for number, seconds in ((signal.SIGINT, LAST_WORDS), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(seconds)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+    # A child that left the group may still hold the pipe: nothing here waits for it.
+
+
+def run(step: Step, deadline: float) -> dict[str, Any]:
+    """Run a step until it ends or its deadline (time.monotonic) comes."""
+    if step.why_not is not None:
+        return {"status": "skipped", "reason": step.why_not}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environment}
+    started = time.monotonic()
+    limit = max(1.0, deadline - LAST_WORDS - started)
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
+        )
+        try:
+            process.wait(limit)
+            timed_out = False
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            if process.poll() is None:
+                stop(process)
+        log.seek(0)
+        output = log.read()
+    result: dict[str, Any] = {
+        "status": "ok" if process.returncode == 0 and not timed_out else "failed",
+        "return_code": process.returncode,
+        "seconds": round(time.monotonic() - started, 1),
+        "limit_seconds": round(limit, 1),
+        "timed_out": timed_out,
+        "command": list(step.command),
+        "output_tail": output[-TAIL:],
+    }
+    try:
+        return result | step.figures(output)
+    except (OSError, ValueError, ElementTree.ParseError) as error:
+        return result | {"status": "failed", "no_figures": f"{type(error).__name__}: {error}"}
+
+
+def read_json(path: Path) -> Callable[[str], dict[str, Any]]:
+    return lambda output: {"figures": json.loads(path.read_text())}
+
+
+def read_tests(path: Path) -> Callable[[str], dict[str, Any]]:
+    """Count the outcomes in pytest's XML, and name what failed and the files that could not be collected.
+
+    A file that wants a package which is not installed here is named, and fails nothing.
+    """
+
+    def figures(output: str) -> dict[str, Any]:
+        counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+        failed: dict[str, str] = {}
+        not_collected: dict[str, str] = {}
+        slowest: dict[str, float] = {}
+        for case in ElementTree.parse(path).iterfind(".//testcase[@name]"):
+            name = f"{case.get('classname')}::{case.get('name')}"
+            slowest[name] = float(case.get("time") or 0)
+            bad = next((child for child in case if child.tag in ("failure", "error")), None)
+            if bad is not None and bad.get("message") == "collection failure":
+                lines = [line[1:].strip() for line in (bad.text or "").splitlines() if line.startswith("E ")]
+                not_collected[str(case.get("name"))] = lines[-1] if lines else str(bad.text)[-300:]
+            elif bad is not None:
+                counts["failed"] += 1
+                failed[name] = str(bad.get("message"))[:500]
+            else:
+                counts["skipped" if case.find("skipped") is not None else "passed"] += 1
+        lacks_package = all(re.match(r"ModuleNotFoundError: (?!.*'iic_dist)", why) for why in not_collected.values())
+        good = not failed and lacks_package and counts["passed"] and "KeyboardInterrupt" not in output
+        return {
+            "status": "ok" if good else "failed",
+            "figures": {
+                **counts,
+                "failures": failed,
+                "not_collected": not_collected,
+                "slowest_seconds": dict(sorted(slowest.items(), key=lambda item: -item[1])[:10]),
+            },
+        }
+
+    return figures
+
+
+def read_sanitizer(output: str) -> dict[str, Any]:
+    """What compute-sanitizer sums up; a machine that it cannot look into is no failure of the kernels."""
+    if "Device not supported" in output:
+        return {"status": "skipped", "reason": "compute-sanitizer: Device not supported"}
+    summary = re.findall(r"={9} (?:\w+ )?SUMMARY: (.*)", output)
+    if not summary:
+        raise ValueError("no summary by compute-sanitizer")
+    return {"figures": {"summary": summary}}
+
+
+def steps(folder: Path, capability: str) -> list[Step]:
+    """All steps, in order; `folder` is for what they write."""
+    python = sys.executable
+    marked = [str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    pytest = ["-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    pytest += ["--continue-on-collection-errors", f"--junitxml={folder / 'tests.xml'}"]
+    run_folder = ["--run.root", str(folder), "--run.name", "digits", "--monitor.progress", "false"]
+    training = ["-m", "iic_dist.train", "--run.device", "cuda", "--train.epochs", "10", *run_folder]
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    small = [python, str(Path(__file__).resolve()), "--small-shapes"]
+    options = ["--kernel-name", "kns=iic_", "--error-exitcode", "1"]
+    own = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
+    checks = [
+        Step(
+            tool,
+            [sanitizer or "", "--tool", tool, *own[tool], *options, *small],
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else all tensors lie in one block, and no access is outside it
+            None if sanitizer else "compute-sanitizer is not installed",
+            figures=read_sanitizer,
+        )
+        for tool in own
+    ]
+    return [
+        Step(
+            "build",
+            [python, "setup.py", "build_ext", "--inplace", "--force"],
+            {"IIC_DIST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": capability},
+        ),
+        Step("tests", [python, *pytest, *marked], figures=read_tests(folder / "tests.xml")),
+        Step(
+            "benchmarks",
+            [python, "benchmarks/bench_iic.py", "--device", "cuda", "--output", str(folder / "iic.json")],
+            figures=read_json(folder / "iic.json"),
+        ),
+        Step("doctor", [python, "-m", "iic_dist.doctor"]),
+        Step(
+            "training",
+            [python, *training],
+            why_not=missing("jsonargparse", "yaml", "tensorboard", "matplotlib", "tqdm", "sklearn", "scipy"),
+            figures=read_json(folder / "digits" / "result.json"),
+        ),
+        *checks,
+    ]
+
+
+def run_small_shapes() -> None:
+    """Forward and backward of every kernel family; for compute-sanitizer."""
+    import torch
+    from bench_iic import FORMS, make_logits
+    from bench_iic import step as train
+
+    for n, k in SMALL_SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            a, b = make_logits(n, k, "cuda", dtype)
+            twice = torch.cat([b, b]).detach().requires_grad_()
+            results = train(FORMS["impl=fused"], a, twice)
+            assert all(result.isfinite().all() for result in results)
+            print(f"{n} x {k} {dtype}", flush=True)
+
+
+def find_gpu() -> tuple[str, str]:
+    """Name and compute capability of the GPU.
+
+    Raises:
+        SystemExit: with code 2 and one line, where there is none.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        why = f"no torch in {sys.executable} ({error})"
+    else:
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            return torch.cuda.get_device_name(), f"{major}.{minor}"
+        why = f"torch {torch.__version__} in {sys.executable} sees no CUDA GPU"
+    print(f"make gpu needs a CUDA GPU: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
+def describe(name: str, result: dict[str, Any]) -> str:
+    """One line for a person."""
+    figures = result.get("figures", {})
+    details = [result["reason"]] if "reason" in result else [f"{result['seconds']} s"]
+    details += ["stopped at its time limit"] if result.get("timed_out") else []
+    if name == "tests" and figures:
+        details += [f"{figures[key]} {key}" for key in ("passed", "failed", "skipped")]
+        details += [f"not collected: {path} ({why})" for path, why in figures["not_collected"].items()]
+    return f"{name:12}{result['status']:9}{', '.join(details)}"
+
+
+def run_all(output: Path) -> bool:
+    """Run every step; return whether none failed."""
+    started = time.monotonic()
+    device, capability = find_gpu()
+    import measuring
+
+    results: dict[str, Any] = {}
+    provenance = measuring.provenance("cuda")
+    del provenance["extension"]  # it is still to be built; the benchmarks say which one they ran
+    report: dict[str, Any] = {"provenance": provenance, "steps": results}
+    deadline = started
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{device}, compute capability {capability}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for step in steps(Path(folder), capability):
+            deadline += SECONDS[step.name]
+            try:
+                result = run(step, deadline)
+            except OSError as error:  # the program is not there, or the disk is full
+                result = {"status": "failed", "reason": str(error), "output_tail": ""}
+            results[step.name] = result
+            report["seconds"] = round(time.monotonic() - started, 1)
+            output.write_text(json.dumps(report, indent=2) + "\n")
+            print(describe(step.name, result), flush=True)
+            if result["status"] == "failed" or step.name in ("benchmarks", "doctor"):
+                print(result["output_tail"], flush=True)
+    print(f"{report['seconds']} s; written to {output}")
+    return all(result["status"] != "failed" for result in results.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--small-shapes", action="store_true", help="only what compute-sanitizer looks at")
+    options = parser.parse_args()
+    if options.small_shapes:
+        run_small_shapes()
+    else:
+        sys.exit(0 if run_all(options.output.resolve()) else 1)
+
+
+if __name__ == "__main__":
+    main()

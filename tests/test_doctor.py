@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from iic_dist import doctor
+
+
+def test_the_report_names_what_training_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main()
+    said = capsys.readouterr().out
+    assert torch.__version__ in said
+    for name in ("GPUs", "nvcc", "extension", "gloo", "IIC of agreeing one-hot views", "training would work"):
+        assert name in said
+    assert "WRONG" not in said
+
+
+def test_a_wrong_loss_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = doctor.iic_loss
+    monkeypatch.setattr(doctor, "iic_loss", lambda a, b, impl: right(a, b.flip(0), entropy_weight=1.01, impl=impl))
+    with pytest.raises(SystemExit) as ended:
+        doctor.main()
+    assert ended.value.code not in (0, None)
+    assert "WRONG" in capsys.readouterr().out
