@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import measuring
 import published
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from iic_dist.losses import nt_xent_loss
 from iic_dist.ops import backend, nt_xent
@@ -215,26 +215,14 @@ def test_every_instruction_set(capability: str, tmp_path: Path) -> None:
             assert (value - wanted).norm() <= 3e-6 * max(1.0, 0.5 / t) * max(1.0, wanted.norm())
 
 
-def peak_mebibytes(work: Callable[[], object]) -> float:
-    """The most memory that tensors held at once beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        work()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 2**20
-
-
 @implementations
 def test_memory_of_65536_rows_does_not_grow_with_their_square(impl: str) -> None:
     """The whole matrix is 16 GiB, and its slice for these 256 rows 64 MiB."""
     ops = nt_xent.implementation(impl, torch.device("cpu"))
     z = torch.nn.functional.normalize(torch.ones(65536, 128), dim=1)
     log_sum_exp = torch.full((65536,), math.log(65535) + 2)
-    assert peak_mebibytes(lambda: ops.nt_xent_rows(z, 512, 256, 0.5)) < 24
-    assert peak_mebibytes(lambda: ops.nt_xent_rows_grad(z, log_sum_exp, 512, 256, 0.5)) < 32
+    assert measuring.peak_mebibytes(lambda: ops.nt_xent_rows(z, 512, 256, 0.5), "cpu") < 24
+    assert measuring.peak_mebibytes(lambda: (ops.nt_xent_rows_grad(z, log_sum_exp, 512, 256, 0.5),), "cpu") < 32
 
 
 @implementations
@@ -246,14 +234,16 @@ def test_memory_of_the_loss_around_its_ops(impl: str, monkeypatch: pytest.Monkey
     )
     monkeypatch.setattr(nt_xent, "implementation", lambda impl, device: small)
     a, b = (torch.ones(32768, 128, requires_grad=True) for _ in range(2))
-    assert peak_mebibytes(lambda: torch.autograd.grad(nt_xent_loss(a, b, impl=impl), (a, b))) < 72
+    peak = measuring.peak_mebibytes(lambda: torch.autograd.grad(nt_xent_loss(a, b, impl=impl), (a, b)), "cpu")
+    assert peak < 72
 
 
 @implementations
 def test_memory_of_a_whole_step(impl: str) -> None:
     """The matrix of 4096 x 4096 is 64 MiB, and the published form holds several."""
     a, b = (x.float() for x in embeddings(2048, 16))
-    assert peak_mebibytes(lambda: with_gradients(lambda a, b: nt_xent_loss(a, b, impl=impl), a, b)) < 32
+    peak = measuring.peak_mebibytes(lambda: with_gradients(lambda a, b: nt_xent_loss(a, b, impl=impl), a, b), "cpu")
+    assert peak < 32
 
 
 @needs_fused
