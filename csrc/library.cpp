@@ -13,6 +13,12 @@ TORCH_LIBRARY(iic_dist, m) {
   m.def(
       "iic_logits_grad(Tensor logits_a, Tensor logits_b, Tensor probs_a, Tensor probs_b, Tensor joint_grad, "
       "Tensor grad_loss) -> (Tensor grad_a, Tensor grad_b)");
+  m.def(
+      "nt_xent_rows(Tensor z, int first_row, int num_rows, float temperature) -> (Tensor log_sum_exp, "
+      "Tensor positive)");
+  m.def(
+      "nt_xent_rows_grad(Tensor z, Tensor log_sum_exp, int first_row, int num_rows, float temperature) -> "
+      "Tensor grad");
 }
 
 namespace {

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from iic_dist import distributed
-from iic_dist.ops import backend, iic, nt_xent
+from iic_dist.ops import iic, nt_xent
+
+SMALLEST_NORM = 1e-12
+"""An embedding is divided by no less, as in torch.nn.functional.normalize: one of zeros stays so."""
 
 
 class IICTerms(NamedTuple):
@@ -120,23 +122,38 @@ def _shapes(logits_a: Tensor, logits_b: Tensor) -> str:
 
 
 class _NTXentLoss(torch.autograd.Function):
+    """Normalises as well: autograd would keep and make four more copies of the embeddings."""
+
     @staticmethod
     def forward(
-        ctx: Any, own: Tensor, sizes: Sequence[int], temperature: float, group: dist.ProcessGroup | None
+        ctx: Any,
+        embeddings_a: Tensor,
+        embeddings_b: Tensor,
+        sizes: Sequence[int],
+        temperature: float,
+        group: dist.ProcessGroup | None,
+        ops: nt_xent.Implementation,
     ) -> Tensor:
-        first_row = sum(sizes[: distributed.rank(group)])
-        z = distributed.gather_rows(own, sizes, group)
-        rows = nt_xent.nt_xent_rows(z, first_row, own.shape[0], temperature)
+        own = torch.cat([embeddings_a, embeddings_b])
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_min_(SMALLEST_NORM)
+        z = distributed.gather_rows(own.div_(norm), sizes, group)
+        ctx.place = (sum(sizes[: distributed.rank(group)]), own.shape[0], temperature)
+        rows = ops.nt_xent_rows(z, *ctx.place)
         log_sum_exp, positive = distributed.gather_rows(torch.stack(rows, 1), sizes, group).unbind(1)
-        ctx.save_for_backward(z, log_sum_exp)
-        ctx.place = (first_row, own.shape[0], temperature)
-        ctx.world_size = distributed.world_size(group)
+        ctx.save_for_backward(z, log_sum_exp, norm)
+        ctx.ops, ctx.dtype, ctx.world_size = ops, embeddings_a.dtype, distributed.world_size(group)
         return (log_sum_exp - positive).mean()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = nt_xent.nt_xent_rows_grad(*ctx.saved_tensors, *ctx.place)
-        return grad * (grads[0] * ctx.world_size), None, None, None
+        z, log_sum_exp, norm = ctx.saved_tensors
+        first_row, num_rows, _ = ctx.place
+        grad = ctx.ops.nt_xent_rows_grad(z, log_sum_exp, *ctx.place)
+        own = z[first_row : first_row + num_rows]
+        radial = torch.bmm(own.unsqueeze(1), grad.unsqueeze(2)).squeeze(2)  # vecdot makes a copy in between
+        grad.addcmul_(own, radial, value=-1).mul_(grads[0] * ctx.world_size / norm)
+        return *grad.to(ctx.dtype).chunk(2), None, None, None, None
 
 
 def nt_xent_loss(
@@ -157,7 +174,7 @@ def nt_xent_loss(
         embeddings_b: (N, D), same dtype: the second view.
         temperature: > 0.
         group: the ranks that share the batch; the default group if there is one.
-        impl: "auto", "fused" (raises if the extension is not there) or "torch".
+        impl: "auto", "fused" (raises if the extension is not there; it has CPU kernels only) or "torch".
         shard_sizes: N of every rank in rank order, where the caller knows it; None asks the ranks, which
             costs a round trip on the host.
 
@@ -170,14 +187,13 @@ def nt_xent_loss(
     Collective: all ranks must call; gathers 2G x D and 2G x 2 floats. None in the backward pass.
     Source: Chen et al., ICML 2020, equation 1.
     """
-    backend.choose(impl)
+    ops = nt_xent.implementation(impl, embeddings_a.device)
     _check_embeddings(embeddings_a, embeddings_b, temperature)
     sizes = list(shard_sizes or distributed.gather_sizes(embeddings_a.shape[0], group))
     if sum(sizes) < 2:
         raise ValueError("a global batch of 1 image has no negatives: give at least 2 images over all ranks")
-    embeddings = torch.cat([embeddings_a, embeddings_b])
-    own = F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
-    result: Tensor = _NTXentLoss.apply(own, [2 * size for size in sizes], float(temperature), group)
+    rows = [2 * size for size in sizes]
+    result: Tensor = _NTXentLoss.apply(embeddings_a, embeddings_b, rows, float(temperature), group, ops)
     return result
 
 

@@ -16,7 +16,7 @@ from iic_dist.command_line import parse
 from iic_dist.config import Config
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.ops import backend
+from iic_dist.ops import backend, iic, nt_xent
 from iic_dist.trainer import Trainer
 
 # What a run may be gone on with under another value of.
@@ -39,13 +39,21 @@ def use_threads(config: Config, place: Place) -> None:
     torch.set_num_threads(config.run.threads or max(1, cores // place.local_world_size))
 
 
-def choose_losses(impl: str) -> str:
-    """Say which losses run, and why not the compiled ones."""
+def choose_losses(config: Config, device: torch.device) -> str:
+    """Say which losses run, and why not the compiled ones.
+
+    Raises:
+        UsageError: the compiled ones are asked for, and one that is needed is not there.
+    """
+    impl = config.loss.impl
     try:
-        chosen = backend.choose(impl)
+        chosen = {"IIC": iic.implementation(impl, device) is not iic.TORCH}
+        if "contrastive" in config.heads:
+            chosen["NT-Xent"] = nt_xent.implementation(impl, device) is not nt_xent.TORCH
     except RuntimeError as error:
         raise UsageError(f"loss.{error}") from error
-    return chosen if backend.WHY_NOT_FUSED is None else f"{chosen} ({backend.WHY_NOT_FUSED})"
+    names = [f"{name} {'fused' if fused else 'in PyTorch'}" for name, fused in chosen.items()]
+    return ", ".join(names) + (f" ({backend.WHY_NOT_FUSED})" if backend.WHY_NOT_FUSED else "")
 
 
 def open_folder(config: Config, trainer: Trainer, place: Place) -> Path:
@@ -106,7 +114,7 @@ def train(config: Config, place: Place) -> None:
     use_threads(config, place)
     distributed.start(place, device, config.run.timeout_minutes)
     try:
-        losses = choose_losses(config.loss.impl)
+        losses = choose_losses(config, device)
         trainer = Trainer(config, load_data(config, place), place, device)
         folder = open_folder(config, trainer, place)
         threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""

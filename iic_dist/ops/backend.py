@@ -32,16 +32,28 @@ WHY_NOT_FUSED, FUSED_DEVICES = _load()
 the life of the process."""
 
 
-def choose(impl: str, device_type: str = "cpu") -> str:
+def devices_of(*ops: str) -> frozenset[str]:
+    """The device types that the extension has kernels for, of each of these ops."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    known = all(torch._C._dispatch_has_kernel(f"iic_dist::{op}") for op in ops)
+    return frozenset(
+        device for device in FUSED_DEVICES if known and all(has_kernel(f"iic_dist::{op}", device.upper()) for op in ops)
+    )
+
+
+def choose(impl: str, device_type: str = "cpu", devices: frozenset[str] | None = None, loss: str = "") -> str:
     """Resolve `impl` to "fused" or "torch".
 
     Args:
         impl: "auto" takes the extension where it is loaded and serves the device; the others insist.
         device_type: of the tensors, as in `tensor.device.type`.
+        devices: that the ops of a loss have kernels for, as `devices_of` gives them; None for all that the
+            extension was built for.
+        loss: their name in the message.
 
     Raises:
         ValueError: `impl` is none of the three.
-        RuntimeError: "fused" was asked for and the extension is not there; says why.
+        RuntimeError: "fused" was asked for and the extension or its kernels are not there; says why.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
@@ -50,6 +62,13 @@ def choose(impl: str, device_type: str = "cpu") -> str:
     if impl == "fused" and device_type not in FUSED_DEVICES:
         served = ", ".join(sorted(FUSED_DEVICES))
         raise RuntimeError(f"impl='fused': the extension was built for {served}, not {device_type}")
+    if devices is None:
+        devices = FUSED_DEVICES
+    if impl == "fused" and device_type not in devices:
+        served = ", ".join(sorted(devices)) or "no device"
+        raise RuntimeError(
+            f"impl='fused': the extension has kernels of {loss} for {served}, not {device_type}; use impl='auto'"
+        )
     if impl == "auto":
-        return "fused" if device_type in FUSED_DEVICES else "torch"
+        return "fused" if device_type in devices else "torch"
     return impl

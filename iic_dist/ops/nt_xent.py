@@ -1,15 +1,20 @@
 """The two steps of NT-Xent on one rank: log-sum-exp of its rows, gradient of its rows.
 
-Both walk over blocks of rows, so that no 2G x 2G matrix exists. The collectives stand in `iic_dist.losses`.
+The functions here are plain PyTorch and have the signatures of the native ops in csrc/library.cpp;
+`implementation` gives either. Both walk over blocks of rows, so that no 2G x 2G matrix exists. The collectives
+stand in `iic_dist.losses`.
 Source: Chen et al., SimCLR, ICML 2020, equation 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from iic_dist.ops import backend
 
 BLOCK_ELEMENTS = 1 << 21
 """Similarities held at once: 8 MiB in float32, and larger blocks are not faster on a CPU."""
@@ -74,3 +79,38 @@ def nt_xent_rows_grad(z: Tensor, log_sum_exp: Tensor, first_row: int, num_rows: 
         weight += similarity.sub_(log_sum_exp).exp_()
         grad[start:stop].addmm_(weight, z)
     return grad.div_(z.shape[0] * temperature)
+
+
+class Implementation(NamedTuple):
+    """The two steps, by one implementation."""
+
+    nt_xent_rows: Callable[[Tensor, int, int, float], tuple[Tensor, Tensor]]
+    nt_xent_rows_grad: Callable[[Tensor, Tensor, int, int, float], Tensor]
+
+
+def _load_fused() -> Implementation:
+    """Give the native ops, with their shapes made known to torch.compile."""
+    ops = torch.ops.iic_dist
+    torch.library.register_fake("iic_dist::nt_xent_rows", _fake_rows)
+    torch.library.register_fake("iic_dist::nt_xent_rows_grad", _fake_rows_grad)
+    return Implementation(ops.nt_xent_rows.default, ops.nt_xent_rows_grad.default)
+
+
+def _fake_rows(z: Tensor, first_row: int, num_rows: int, temperature: float) -> tuple[Tensor, Tensor]:
+    return z.new_empty(num_rows), z.new_empty(num_rows)
+
+
+def _fake_rows_grad(z: Tensor, log_sum_exp: Tensor, first_row: int, num_rows: int, temperature: float) -> Tensor:
+    return z.new_empty(num_rows, z.shape[1])
+
+
+TORCH = Implementation(nt_xent_rows, nt_xent_rows_grad)
+DEVICES = backend.devices_of("nt_xent_rows", "nt_xent_rows_grad")
+"""The device types of the native ops: the extension may be built for CUDA and have none of these kernels for it."""
+FUSED = _load_fused() if DEVICES else None
+
+
+def implementation(impl: str, device: torch.device) -> Implementation:
+    """Resolve `impl` ("auto", "fused" or "torch") for tensors on `device`; see `backend.choose`."""
+    chosen = backend.choose(impl, device.type, DEVICES, "nt_xent")
+    return FUSED if FUSED is not None and chosen == "fused" else TORCH
