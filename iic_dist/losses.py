@@ -139,7 +139,8 @@ class _NTXentLoss(torch.autograd.Function):
         norm = torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_min_(SMALLEST_NORM)
         z = distributed.gather_rows(own.div_(norm), sizes, group)
         ctx.place = (sum(sizes[: distributed.rank(group)]), own.shape[0], temperature)
-        rows = ops.nt_xent_rows(z, *ctx.place)
+        with torch.autocast(z.device.type, enabled=False):
+            rows = ops.nt_xent_rows(z, *ctx.place)
         log_sum_exp, positive = distributed.gather_rows(torch.stack(rows, 1), sizes, group).unbind(1)
         ctx.save_for_backward(z, log_sum_exp, norm)
         ctx.ops, ctx.dtype, ctx.world_size = ops, embeddings_a.dtype, distributed.world_size(group)
@@ -149,9 +150,10 @@ class _NTXentLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, log_sum_exp, norm = ctx.saved_tensors
         first_row, num_rows, _ = ctx.place
-        grad = ctx.ops.nt_xent_rows_grad(z, log_sum_exp, *ctx.place)
         own = z[first_row : first_row + num_rows]
-        radial = torch.bmm(own.unsqueeze(1), grad.unsqueeze(2)).squeeze(2)  # vecdot makes a copy in between
+        with torch.autocast(z.device.type, enabled=False):
+            grad = ctx.ops.nt_xent_rows_grad(z, log_sum_exp, *ctx.place)
+            radial = torch.bmm(own.unsqueeze(1), grad.unsqueeze(2)).squeeze(2)  # vecdot makes a copy in between
         grad.addcmul_(own, radial, value=-1).mul_(grads[0] * ctx.world_size / norm)
         return *grad.to(ctx.dtype).chunk(2), None, None, None, None
 

@@ -26,12 +26,6 @@ def _blocks(num_rows: int, num_columns: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + rows, num_rows)
 
 
-def _partner(rows: Tensor) -> Tensor:
-    """The other view of each row of [a; b]."""
-    a, b = rows.chunk(2)
-    return torch.cat([b, a])
-
-
 def nt_xent_rows(z: Tensor, first_row: int, num_rows: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Compute lse_{j != i} s_ij and s_i,pos(i) with s = z z^T / temperature, for the rows of this rank.
 
@@ -44,14 +38,15 @@ def nt_xent_rows(z: Tensor, first_row: int, num_rows: int, temperature: float) -
     Returns:
         (2N,) log-sum-exps and (2N,) similarities of the positive pairs, both divided by the temperature.
     """
-    own = z[first_row : first_row + num_rows] / temperature
+    own = z[first_row : first_row + num_rows]
     log_sum_exp = own.new_empty(num_rows)
     for start, stop in _blocks(num_rows, z.shape[0]):
-        similarity = own[start:stop] @ z.T
+        similarity = (own[start:stop] / temperature) @ z.T
         similarity.diagonal(first_row + start).fill_(float("-inf"))
         log_sum_exp[start:stop] = torch.logsumexp(similarity, 1)
-    positive = (own * _partner(z[first_row : first_row + num_rows])).sum(1)
-    return log_sum_exp, positive
+    a, b = own.chunk(2)
+    positive = (a * b).sum(1) / temperature
+    return log_sum_exp, torch.cat([positive, positive])
 
 
 def nt_xent_rows_grad(z: Tensor, log_sum_exp: Tensor, first_row: int, num_rows: int, temperature: float) -> Tensor:
@@ -69,11 +64,12 @@ def nt_xent_rows_grad(z: Tensor, log_sum_exp: Tensor, first_row: int, num_rows: 
     Returns:
         (2N, D).
     """
-    own = z[first_row : first_row + num_rows] / temperature
+    own = z[first_row : first_row + num_rows]
     own_log_sum_exp = log_sum_exp[first_row : first_row + num_rows]
-    grad = _partner(z[first_row : first_row + num_rows]).mul_(-2)
+    a, b = own.chunk(2)
+    grad = torch.cat([b, a]).mul_(-2)
     for start, stop in _blocks(num_rows, z.shape[0]):
-        similarity = own[start:stop] @ z.T
+        similarity = (own[start:stop] / temperature) @ z.T
         similarity.diagonal(first_row + start).fill_(float("-inf"))
         weight = (similarity - own_log_sum_exp[start:stop, None]).exp_()
         weight += similarity.sub_(log_sum_exp).exp_()

@@ -140,6 +140,16 @@ def test_compiles_whole(impl: str) -> None:
         torch.testing.assert_close(value, wanted)
 
 
+@implementations
+def test_autocast_does_not_round_the_loss(impl: str) -> None:
+    a, b = (x.float() for x in embeddings(70, 9))
+    wanted = with_gradients(lambda a, b: nt_xent_loss(a, b, impl=impl), a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = with_gradients(lambda a, b: nt_xent_loss(a, b, impl=impl), a, b)
+    for value, want in zip(values, wanted, strict=True):
+        assert torch.equal(value, want)
+
+
 @needs_fused
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("first_row", "num_rows"), [(0, 4), (30, 300), (300, 1200), (1498, 2), (0, 1500)])
