@@ -45,6 +45,7 @@ test-all: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) benchmarks/bench_iic.py
+	$(PY) benchmarks/bench_nt_xent.py
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(if $(OUTPUT),--output $(OUTPUT))

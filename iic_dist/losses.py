@@ -48,9 +48,10 @@ class _IICLoss(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         ops: iic.Implementation,
     ) -> tuple[Tensor, ...]:
-        sums, probs_a, probs_b = ops.iic_joint(logits_a, logits_b)
-        distributed.all_reduce_sum(sums, group)
-        *terms, joint_grad = ops.iic_information(sums, logits_a.shape[2], entropy_weight)
+        with torch.autocast(logits_a.device.type, enabled=False):  # it would round the joint's products
+            sums, probs_a, probs_b = ops.iic_joint(logits_a, logits_b)
+            distributed.all_reduce_sum(sums, group)
+            *terms, joint_grad = ops.iic_information(sums, logits_a.shape[2], entropy_weight)
         ctx.ops, ctx.world_size = ops, distributed.world_size(group)
         ctx.save_for_backward(logits_a, logits_b, probs_a, probs_b, joint_grad)
         ctx.mark_non_differentiable(*terms[1:])
@@ -64,7 +65,8 @@ class _IICLoss(torch.autograd.Function):
             return None, None, None, None, None
         if ctx.world_size > 1:
             grad_loss = grad_loss * ctx.world_size
-        return *ctx.ops.iic_logits_grad(*ctx.saved_tensors, grad_loss), None, None, None
+        with torch.autocast(grad_loss.device.type, enabled=False):
+            return *ctx.ops.iic_logits_grad(*ctx.saved_tensors, grad_loss), None, None, None
 
 
 def iic_loss(

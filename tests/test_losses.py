@@ -119,6 +119,20 @@ def test_nan_logits_give_a_nan_loss() -> None:
     assert loss.isnan().tolist() == [True, False]
 
 
+def test_autocast_does_not_round_the_loss() -> None:
+    inputs = [x.requires_grad_() for x in logits(40, 2, 30, 2, dtype=torch.float32)]
+
+    def step() -> tuple[Tensor, ...]:
+        loss = iic_loss(*inputs, impl="torch").loss
+        return loss.detach(), *torch.autograd.grad(loss.sum(), inputs)
+
+    outside = step()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = step()
+    for one, other in zip(outside, inside, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_iic_gradient_by_finite_differences() -> None:
     inputs = [x.requires_grad_() for x in logits(5, 2, 3, 2)]
     assert torch.autograd.gradcheck(lambda a, b: iic_loss(a, b, entropy_weight=1.3).loss, inputs)
