@@ -69,7 +69,7 @@ class Trainer:
         self.train_seconds = 0.0
         shapes = {name: head.shape for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
         self.sub_head_loss = {name: torch.zeros(h, device=device) for name, (h, _) in shapes.items()}
-        self._epoch_joint = {
+        self._pass_joint = {
             name: torch.zeros(h, k, k, device=device, dtype=self.dtype) for name, (h, k) in shapes.items()
         }
 
@@ -160,9 +160,9 @@ class Trainer:
     def _train_epoch(self, monitor: Monitor, bar: tqdm[Any]) -> None:
         started, steps_before = time.perf_counter(), self.step
         self.model.train()
-        for joint in self._epoch_joint.values():
-            joint.zero_()
         for each in self.schedule.passes(self.epoch):
+            for head in self._pass_joint.keys() & set(each.heads):
+                self._pass_joint[head].zero_()
             for position in range(each.steps):
                 terms = self.train_step(each, position)
                 bar.update()
@@ -170,6 +170,8 @@ class Trainer:
                     rate = (self.step - steps_before) / (time.perf_counter() - started)
                     self._log(monitor, bar, each, terms, rate)
             self._judge_sub_heads(each)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # so that the seconds are those of the work
         self.epoch += 1
         self.train_seconds += time.perf_counter() - started
 
@@ -191,8 +193,8 @@ class Trainer:
     def _judge_sub_heads(self, each: Pass) -> None:
         """Compute each sub-head's loss on the joint of the whole pass, which is less noisy than that of a batch."""
         for head in each.heads:
-            if head in self._epoch_joint:
-                joint = self._epoch_joint[head]
+            if head in self._pass_joint:
+                joint = self._pass_joint[head]
                 sums = torch.cat([joint.flatten(), joint.new_full((1,), each.steps)])
                 weight = self.config.loss.entropy_weight
                 self.sub_head_loss[head] = iic_information(sums, joint.shape[-1], weight).loss
@@ -261,7 +263,7 @@ class Trainer:
             )
             return value, value.detach()
         terms = iic_loss(first, second, entropy_weight=loss.entropy_weight, impl=loss.impl)
-        self._epoch_joint[head] += terms.joint
+        self._pass_joint[head] += terms.joint
         return terms.loss.mean(), terms._replace(loss=terms.loss.detach())
 
     def selected(self) -> int:

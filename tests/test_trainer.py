@@ -121,6 +121,17 @@ def test_a_head_that_waits_for_its_turn_is_not_moved() -> None:
         assert torch.equal(old, new)
 
 
+def test_sub_heads_are_judged_by_their_last_pass_alone(tmp_path: Path) -> None:
+    order = "[overclustering, clustering, clustering, contrastive]"
+    options = ["--train.schedule", "alternate", "--train.order", order, "--loss.entropy_weight", "1"]
+    trainer = digits_trainer(*options, "--train.epochs", "1")
+    trainer.train(tmp_path)
+    # Minus a mutual information; the joints of two passes taken for one would give up to 2 ln 2.
+    for loss in trainer.sub_head_loss.values():
+        assert (loss < 1e-5).all()
+        assert (loss != 0).all()
+
+
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = digits_trainer("--train.checkpoint_every", "1")
     whole.train(tmp_path)
