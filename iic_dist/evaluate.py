@@ -23,7 +23,13 @@ def _options() -> argparse.Namespace:
         prog="python -m iic_dist.evaluate",
         description="Evaluate the newest checkpoint of a run; also under torchrun, with the same figures.",
     )
-    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of the run, runs/NAME")
+    parser.add_argument(
+        *("--run", "--folder"),
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder of the run, runs/NAME; under torchrun, which takes --run for its own --run-path, say --folder",
+    )
     parser.add_argument("--json", action="store_true", help="print the contents of result.json and nothing else")
     parser.add_argument(
         "rest",

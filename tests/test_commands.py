@@ -55,7 +55,9 @@ def test_a_run_on_two_ranks_is_the_run_on_one_and_can_be_evaluated_again(tmp_pat
 
     again = run("iic_dist.evaluate", "--run", "runs/two", "--json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    on_two_ranks = run("iic_dist.evaluate", "--folder", "runs/two", "--json", cwd=tmp_path, ranks=2)
     repeated = json.loads(again.stdout)
+    assert json.loads(on_two_ranks.stdout) == {**repeated, "world_size": 2}, on_two_ranks.stderr
     assert {key: repeated[key] for key in ("accuracy", "nmi", "ari", "epochs")} == {
         key: results[1][key] for key in ("accuracy", "nmi", "ari", "epochs")
     }
