@@ -86,11 +86,11 @@ def load_folder(
         )
     name = f"folder:{folder}"
     if not labels:
-        return ImageSet(name, images, None, ())
+        return ImageSet(name, images, None, (), tuple(kept))
     classes = _class_names(kept, folder)
     number = {class_name: i for i, class_name in enumerate(classes)}
     targets = [number[path.split("/")[0]] if "/" in path else -1 for path in kept]
-    return ImageSet(name, images, torch.tensor(targets), tuple(map(_printable, classes)))
+    return ImageSet(name, images, torch.tensor(targets), tuple(map(_printable, classes)), tuple(kept))
 
 
 def _class_names(paths: list[str], folder: Path) -> list[str]:

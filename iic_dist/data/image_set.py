@@ -16,12 +16,14 @@ class ImageSet:
         images: (M, C, H, W) uint8 on the CPU, contiguous; C is 1 (gray) or 3 (RGB).
         labels: (M,) int64, or None where nothing is labelled. -1: this image has no label, ignore it.
         class_names: The name of class i at place i; empty without labels.
+        paths: Of a folder's images, the path of each below the folder; empty for a named set.
     """
 
     name: str
     images: Tensor
     labels: Tensor | None
     class_names: tuple[str, ...]
+    paths: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

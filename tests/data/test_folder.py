@@ -67,6 +67,7 @@ def test_any_nesting_sorted_by_relative_path(tmp_path):
     problems: list = []
     image_set = load(tmp_path, unreadable=problems)
     assert problems == []
+    assert image_set.paths == tuple(path.as_posix() for path in expected)
     assert list_images(tmp_path, follow_links=False)[0] == [path.as_posix() for path in expected]
     for row, path in enumerate(expected):
         colour = image_set.images[row, :, 20, 20].int() - torch.tensor([10 * names.index(str(path)), 0, 200])
