@@ -7,6 +7,8 @@
 # HEAD       host and port of machine 0, which the others can reach; it needs a private network: the port has no password
 # NODES      machines
 # NODE_RANK  number of this one, from 0
+# ADDRESS    of this machine among the others; default: what its host name stands for. Where a machine has several
+#            networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the one that the processes talk over.
 # RANKS      processes of each machine; default: one for each GPU, or for each core where there is no GPU
 # RESTARTS   how often they may start again, default 10
 # PYTHON     interpreter, default python3
@@ -32,5 +34,5 @@ done
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${PYTHON:-python3}" -m torch.distributed.run --nnodes="$nodes" \
     --nproc-per-node="${RANKS:-${PET_NPROC_PER_NODE:-auto}}" --max-restarts="${RESTARTS:-10}" \
-    --rdzv-backend=c10d --rdzv-id="$name" --rdzv-endpoint="$head" --rdzv-conf="is_host=$((node_rank == 0))" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m iic_dist.train "$@"
+    ${ADDRESS:+--local-addr="$ADDRESS"} --rdzv-backend=c10d --rdzv-id="$name" --rdzv-endpoint="$head" \
+    --rdzv-conf="is_host=$((node_rank == 0))" --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m iic_dist.train "$@"

@@ -66,7 +66,8 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.configuration = str(folder / "slurm.conf")
+        self.environment = {**os.environ, "SLURM_CONF": self.configuration}
         self._daemons: list[subprocess.Popen[bytes]] = []
         (folder / "state").mkdir()
         key = folder / "munge.key"
