@@ -65,8 +65,8 @@ def assign(
     model.eval()
     confidence, clusters = [], []
     for indices in own.split(batch_size):
-        batch, _ = images.gather(indices)
-        logits = model(views.evaluation(batch, dtype=dtype), ["clustering"])["clustering"]
+        resident, rows, _ = images.gather(indices)
+        logits = model(views.evaluation(resident, rows, dtype=dtype), ["clustering"])["clustering"]
         best = torch.softmax(logits.float(), -1).max(-1)
         confidence.append(best.values)
         clusters.append(best.indices)

@@ -61,7 +61,7 @@ def show_views(monitor: Monitor, step: int, views: Views, images: Tensor, device
     if not monitor.enabled:
         return
     indices = torch.arange(len(images), device=device)
-    made = views.training(images.to(device), indices, epoch=0).cpu()
+    made = views.training(images.to(device), indices, indices, epoch=0).cpu()
     first, second = made[: len(images)], made[len(images) :]
     spec = views.first
     picture = figures.view_pairs(first, second, images, mean=spec.mean or None, std=spec.std or None)

@@ -240,8 +240,8 @@ class Trainer:
         return terms
 
     def _make_views(self, batch: Batch, first_view: int) -> Tensor:
-        images, indices = self.images.gather(batch.indices)
-        views = self.views.training(images, indices, batch.epoch, first_view, dtype=self.dtype)
+        images, rows, indices = self.images.gather(batch.indices)
+        views = self.views.training(images, rows, indices, batch.epoch, first_view, dtype=self.dtype)
         if self.config.train.channels_last:
             return views.contiguous(memory_format=torch.channels_last)
         return views
