@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
 from collections.abc import Sequence
@@ -12,21 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from iic_dist import checkpoint, distributed, inference, metrics, report
-from iic_dist.build import RunData, build_model, build_views, complete
+from iic_dist import checkpoint, distributed, report
+from iic_dist.build import RunData, build_model, build_schedule, build_views, complete
 from iic_dist.config import Config
-from iic_dist.data import Batch, DeviceImages, Sampler
+from iic_dist.data import Batch, DeviceImages
 from iic_dist.distributed import Place
-from iic_dist.errors import UsageError
+from iic_dist.evaluation import Evaluation, Evaluator
 from iic_dist.losses import IICTerms, iic_loss, nt_xent_loss
-from iic_dist.models import ClusterNet, SubHeads
+from iic_dist.models import SubHeads, distribute, on_device
 from iic_dist.monitor import Monitor
-from iic_dist.ops.iic import iic_information
 from iic_dist.optim import build_optimizer, learning_rate
-from iic_dist.schedule import Pass, Schedule
+from iic_dist.schedule import Pass
+from iic_dist.selection import SubHeadLosses
 
 Terms = dict[str, IICTerms | Tensor]
 """Of each head that took part in a step: its IIC terms, or its contrastive loss; on the device, no gradient."""
@@ -52,36 +50,29 @@ class Trainer:
         self.data, self.place, self.device = data, place, device
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         self.views = build_views(self.config, data.train)
-        self.model = self._on_device(
-            build_model(self.config, self.views.channels(data.train.images.shape[1]), self.views.size)
+        train, optim = config.train, config.optim
+        self.model = on_device(
+            build_model(self.config, self.views.channels(data.train.images.shape[1]), self.views.size),
+            device,
+            self.dtype,
+            sync_batchnorm=train.sync_batchnorm,
+            channels_last=train.channels_last,
         )
         assert self.config.model.num_clusters is not None, "complete() has seen to it"
         self.num_clusters = self.config.model.num_clusters
         self._put_images()
-        self.schedule = self._schedule()
-        self.total_steps = self.schedule.total_steps(config.train.epochs)
-        self.network = self._distributed()
-        optim = config.optim
+        self.schedule = build_schedule(config, place, len(data.train.images), len(self.images))
+        self.total_steps = self.schedule.total_steps(train.epochs)
+        self.network = distribute(
+            self.model, place, device, compiled=train.compile, heads_take_turns=self.schedule.heads_take_turns
+        )
         self.optimizer = build_optimizer(
             self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
         )
+        shapes = {name: head.shape for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
+        self.sub_heads = SubHeadLosses(shapes, config.loss.entropy_weight, device, self.dtype)
         self.step = self.epoch = 0
         self.train_seconds = 0.0
-        shapes = {name: head.shape for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
-        self.sub_head_loss = {name: torch.zeros(h, device=device) for name, (h, _) in shapes.items()}
-        self._pass_joint = {
-            name: torch.zeros(h, k, k, device=device, dtype=self.dtype) for name, (h, k) in shapes.items()
-        }
-
-    def _on_device(self, model: ClusterNet) -> ClusterNet:
-        train = self.config.train
-        if train.sync_batchnorm:
-            if self.device.type != "cuda":
-                raise UsageError("train.sync_batchnorm=true: torch has it on CUDA only; leave it out on the CPU")
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if train.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        return model.to(self.device, self.dtype)
 
     def _put_images(self) -> None:
         """Put the images on the device, the unlabelled ones behind the others."""
@@ -90,44 +81,14 @@ class Trainer:
         if data.unlabelled is not None:
             images = torch.cat([images, data.unlabelled.images])
         self.images = DeviceImages(images, self.device)
-        if data.evaluation is data.train and data.unlabelled is None:
-            self.evaluation_images = self.images
-        else:
-            self.evaluation_images = DeviceImages(data.evaluation.images, self.device)
-
-    def _schedule(self) -> Schedule:
-        config, place = self.config, self.place
-        sizes = (len(self.data.train.images), len(self.images))
-        samplers = [
-            Sampler(size, config.data.batch_size, config.run.seed, place.rank, place.world_size)
-            for size in dict.fromkeys(sizes)
-        ]
-        return Schedule(
-            config.heads,
-            samplers[0],
-            samplers[-1],
-            alternate=config.train.schedule == "alternate",
-            order=config.train.order,
-            contrastive_warmup_epochs=config.train.contrastive_warmup_epochs,
-            views=1 + config.views.repeats,
-        )
-
-    def _distributed(self) -> nn.Module:
-        """Compile and distribute the network; its buffers are averaged when they are read, not in each step."""
-        network: nn.Module = self.model
-        if self.config.train.compile:
-            network = torch.compile(network)  # type: ignore[assignment]
-        if self.place.world_size == 1:
-            return network
-        # torch 2.15 renamed the first of these; both leave the buffers alone after the start.
-        names = inspect.signature(DistributedDataParallel).parameters
-        sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-        return DistributedDataParallel(
-            network,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=self.schedule.heads_take_turns,
-            **sync,
+        same = data.evaluation is data.train and data.unlabelled is None
+        self.evaluator = Evaluator(
+            data.evaluation,
+            self.images if same else DeviceImages(data.evaluation.images, self.device),
+            self.views,
+            self.num_clusters,
+            batch_size=self.config.train.evaluate_batch_size,
+            dtype=self.dtype,
         )
 
     def train(self, folder: Path) -> dict[str, Any]:
@@ -161,15 +122,14 @@ class Trainer:
         started, steps_before = time.perf_counter(), self.step
         self.model.train()
         for each in self.schedule.passes(self.epoch):
-            for head in self._pass_joint.keys() & set(each.heads):
-                self._pass_joint[head].zero_()
+            self.sub_heads.begin_pass(each.heads)
             for position in range(each.steps):
                 terms = self.train_step(each, position)
                 bar.update()
                 if self.step % self.config.monitor.log_every == 0:
                     rate = (self.step - steps_before) / (time.perf_counter() - started)
                     self._log(monitor, bar, each, terms, rate)
-            self._judge_sub_heads(each)
+            self.sub_heads.end_pass(each.heads, each.steps)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # so that the seconds are those of the work
         self.epoch += 1
@@ -189,15 +149,6 @@ class Trainer:
         losses = {head: f"{values[f'loss/{head}']:.3f}" for head in terms}
         bar.set_description(f"epoch {self.epoch + 1}/{self.config.train.epochs}", refresh=False)
         bar.set_postfix(losses, refresh=False)
-
-    def _judge_sub_heads(self, each: Pass) -> None:
-        """Compute each sub-head's loss on the joint of the whole pass, which is less noisy than that of a batch."""
-        for head in each.heads:
-            if head in self._pass_joint:
-                joint = self._pass_joint[head]
-                sums = torch.cat([joint.flatten(), joint.new_full((1,), each.steps)])
-                weight = self.config.loss.entropy_weight
-                self.sub_head_loss[head] = iic_information(sums, joint.shape[-1], weight).loss
 
     def learning_rate(self, heads: Sequence[str], step: int) -> float:
         """Return the learning rate of a step that trains `heads`."""
@@ -263,36 +214,16 @@ class Trainer:
             )
             return value, value.detach()
         terms = iic_loss(first, second, entropy_weight=loss.entropy_weight, impl=loss.impl)
-        self._pass_joint[head] += terms.joint
+        self.sub_heads.add(head, terms.joint)
         return terms.loss.mean(), terms._replace(loss=terms.loss.detach())
 
-    def selected(self) -> int:
-        """Return the sub-head of the clustering head with the lowest loss over its last pass; no label is read."""
-        return int(self.sub_head_loss["clustering"].argmin())
-
-    def _assign(self) -> inference.Assignments:
-        """Cluster the evaluation images with the network that the ranks have in common."""
+    def _evaluate(self) -> Evaluation:
+        """Evaluate the network that the ranks have in common."""
         distributed.all_reduce_mean([b for b in self.model.buffers() if b.is_floating_point()])
-        return inference.assign(
-            self.model,
-            self.views,
-            self.evaluation_images,
-            batch_size=self.config.train.evaluate_batch_size,
-            dtype=self.dtype,
-        )
+        return self.evaluator.evaluate(self.model, self.sub_heads.selected())
 
-    def _counts(self, assigned: inference.Assignments) -> Tensor | None:
-        """Count clusters against classes over all ranks: (H, K, C) on the CPU, or None without labels."""
-        evaluation = self.data.evaluation
-        if evaluation.labels is None:
-            return None
-        labels = evaluation.labels[assigned.indices].to(self.device)
-        counts = metrics.count_matrix(assigned.clusters, labels, self.num_clusters, evaluation.num_classes)
-        return distributed.all_reduce_sum(counts).cpu()
-
-    def _result(self, counts: Tensor | None) -> dict[str, Any]:
+    def _result(self, evaluation: Evaluation) -> dict[str, Any]:
         seen = self.config.data.batch_size * self.step
-        figures = {"accuracy": None, "nmi": None, "ari": None}
         return {
             "data": self.data.evaluation.name,
             "num_images": len(self.data.evaluation.images),
@@ -300,7 +231,7 @@ class Trainer:
             "epochs": self.epoch,
             "world_size": self.place.world_size,
             "seed": self.config.run.seed,
-            **(figures if counts is None else metrics.summarize(counts, self.selected())),
+            **self.evaluator.figures(evaluation),
             "images_per_second": round(seen / self.train_seconds, 1) if self.train_seconds else None,
             "train_seconds": round(self.train_seconds, 2),
         }
@@ -310,23 +241,18 @@ class Trainer:
 
         Collective: all ranks must call; the figures do not depend on their number.
         """
-        return self._result(self._counts(self._assign()))
+        return self._result(self._evaluate())
 
     def _evaluate_and_show(self, monitor: Monitor, bar: tqdm[Any]) -> dict[str, Any]:
-        assigned = self._assign()
-        counts = self._counts(assigned)
-        result = self._result(counts)
+        evaluation = self._evaluate()
+        result = self._result(evaluation)
         if numbers := report.result_numbers(result):
             monitor.scalars(self.step, numbers)
             if self.place.is_main:
                 bar.write(f"epoch {self.epoch}: accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
         every = self.config.monitor.pictures_every
         if self.epoch == self.config.train.epochs or (every and self.epoch % every == 0):
-            clusters, confidence = assigned.gathered(self.selected())
-            table = None if counts is None else counts[self.selected()]
-            report.show_clusters(
-                monitor, self.step, self.data.evaluation, clusters, confidence, self.num_clusters, table
-            )
+            self.evaluator.show(monitor, self.step, evaluation)
         return result
 
     def save(self, folder: Path) -> None:
@@ -351,7 +277,7 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "sub_head_loss": self.sub_head_loss,
+            "sub_head_loss": self.sub_heads.losses,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -360,4 +286,4 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch = state["step"], state["epoch"]
         self.train_seconds = state["train_seconds"]
-        self.sub_head_loss = {head: loss.to(self.device) for head, loss in state["sub_head_loss"].items()}
+        self.sub_heads.losses = {head: loss.to(self.device) for head, loss in state["sub_head_loss"].items()}

@@ -18,13 +18,14 @@ LEVEL = {
     **dict.fromkeys(("errors", "__init__", "config"), 0),
     **dict.fromkeys(("ops", "distributed", "philox"), 1),
     **dict.fromkeys(("view_spec", "data", "models", "losses", "optim", "checkpoint", "metrics", "command_line"), 2),
-    **dict.fromkeys(("augment", "schedule", "figures"), 3),
+    **dict.fromkeys(("augment", "schedule", "figures", "selection"), 3),
     **dict.fromkeys(("monitor", "inference"), 4),
     **dict.fromkeys(("report", "build"), 5),
-    "trainer": 6,
-    "doctor": 7,
-    "train": 7,
-    "evaluate": 8,
+    "evaluation": 6,
+    "trainer": 7,
+    "doctor": 8,
+    "train": 8,
+    "evaluate": 9,
 }
 
 
