@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +56,19 @@ class Evaluator:
         self.evaluated, self.images, self.views, self.num_clusters = evaluated, images, views, num_clusters
         self.batch_size, self.dtype = batch_size, dtype
 
-    def evaluate(self, model: ClusterNet, selected: int) -> Evaluation:
+    def evaluate(self, model: ClusterNet, selected: int, after_each: Callable[[], None] | None = None) -> Evaluation:
         """Cluster all images; the figures do not depend on the number of ranks or the batch size.
+
+        Args:
+            model: Not wrapped in DDP.
+            selected: The sub-head that one would choose without labels.
+            after_each: Called after every forward pass, equally often on all ranks; may raise to end it here.
 
         Collective: all ranks must call; reduces H*K*C integers.
         """
-        assigned = inference.assign(model, self.views, self.images, batch_size=self.batch_size, dtype=self.dtype)
+        assigned = inference.assign(
+            model, self.views, self.images, batch_size=self.batch_size, dtype=self.dtype, after_each=after_each
+        )
         return Evaluation(assigned, self._counts(assigned), selected)
 
     def _counts(self, assigned: inference.Assignments) -> Tensor | None:

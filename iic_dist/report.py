@@ -14,9 +14,7 @@ from iic_dist.augment import Views
 from iic_dist.data import ImageSet
 from iic_dist.losses import IICTerms
 from iic_dist.monitor import Monitor
-
-USED = 0.1
-"""A cluster counts as used where its share of the images is above this times 1 / K."""
+from iic_dist.selection import used_clusters
 
 
 def head_numbers(head: str, terms: IICTerms) -> dict[str, Tensor]:
@@ -26,7 +24,7 @@ def head_numbers(head: str, terms: IICTerms) -> dict[str, Tensor]:
         Scalars on the device, under the names that TensorBoard shows.
     """
     k = terms.joint.shape[-1]
-    used = (terms.joint.sum(2) > USED / k).sum(1).to(terms.loss.dtype)
+    used = used_clusters(terms.joint).to(terms.loss.dtype)
     numbers = {
         f"{head}/information_share_of_ln_k": terms.mutual_information.mean() / math.log(k),
         f"{head}/entropy_nats": terms.entropy.mean(),
