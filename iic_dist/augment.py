@@ -63,17 +63,18 @@ def apply(spec: ViewSpec, images: Tensor, parameters: ViewParameters, dtype: tor
     return views
 
 
-def _fill(out: Tensor, spec: ViewSpec, images: Tensor, parameters: ViewParameters) -> None:
-    """Write views into `out`: all at once on an accelerator, in pieces that fit the cache on a CPU."""
-    batch, channels, height, width = images.shape
-    rows = max(1, batch)
+def _fill(out: Tensor, spec: ViewSpec, images: Tensor, rows: Tensor, parameters: ViewParameters) -> None:
+    """Write views of `images[rows]` into `out`: all at once on an accelerator, in pieces that fit a CPU's cache."""
+    channels, height, width = images.shape[1:]
+    size = max(1, len(rows))
     if images.device.type == "cpu":
-        rows = max(1, _CPU_CHUNK // (channels * max(height * width, spec.size**2)))
+        size = max(1, _CPU_CHUNK // (channels * max(height * width, spec.size**2)))
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     with torch.autocast(images.device.type, enabled=False):  # bfloat16 products would blur the crop
-        for start in range(0, batch, rows):
-            piece = slice(start, start + rows)
-            out[piece] = apply(spec, images[piece], parameters.rows(start, start + rows), dtype)
+        for start in range(0, len(rows), size):
+            piece = slice(start, start + size)
+            chosen = images.index_select(0, rows[piece])
+            out[piece] = apply(spec, chosen, parameters.rows(start, start + size), dtype)
 
 
 class Views:
@@ -112,6 +113,7 @@ class Views:
     def training(
         self,
         images: Tensor,
+        rows: Tensor,
         indices: Tensor,
         epoch: int,
         first_view: int = 0,
@@ -123,8 +125,9 @@ class Views:
         comes from a matrix library that may round the last bit differently in a batch of another size.
 
         Args:
-            images: (B, C, H, W) uint8.
-            indices: (B,) int64 on the same device, index of each image in its data set.
+            images: (M, C, H, W) uint8.
+            rows: (B,) int64 on the same device, place of each image of the batch in `images`.
+            indices: (B,) int64 on the same device, its index in the data set, which decides what is drawn.
             epoch: the epoch.
             first_view: number of the first view; the second views count on. Other numbers, other views.
             dtype: of the result; computed in float64 if it is that, else in float32.
@@ -132,7 +135,7 @@ class Views:
         Returns:
             ((1 + repeats) * B, C', size, size): B first views, then repeat by repeat B second views.
         """
-        batch, channels, height, width = images.shape
+        batch, (channels, height, width) = len(rows), images.shape[1:]
         views = torch.arange(first_view, first_view + 1 + self.repeats, device=images.device)
         # (1 + repeats, B, 21)
         numbers = uniforms(self.seed, epoch, indices, views.unsqueeze(1), NUM_UNIFORMS)
@@ -140,18 +143,25 @@ class Views:
         for spec, start, count in self._groups:
             spec.check(channels, height, width)
             parameters = sample(spec, numbers[start : start + count].flatten(0, 1), height, width)
-            rows = slice(start * batch, (start + count) * batch)
-            _fill(out[rows], spec, images.repeat(count, 1, 1, 1), parameters)
+            part = slice(start * batch, (start + count) * batch)
+            _fill(out[part], spec, images, rows.repeat(count), parameters)
         return out
 
     @torch.no_grad()
-    def evaluation(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Make the one view of each image that is evaluated, (B, C, H, W) uint8 to (B, C', size, size)."""
-        batch, channels, height, width = images.shape
+    def evaluation(self, images: Tensor, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Make the one view of each image that is evaluated.
+
+        Args:
+            images, rows: as in `training`.
+
+        Returns:
+            (B, C', size, size).
+        """
+        channels, height, width = images.shape[1:]
         self._centred.check(channels, height, width)
-        numbers = torch.zeros(batch, NUM_UNIFORMS, device=images.device)
-        out = self._empty(batch, images, dtype)
-        _fill(out, self._centred, images, sample(self._centred, numbers, height, width))
+        numbers = torch.zeros(len(rows), NUM_UNIFORMS, device=images.device)
+        out = self._empty(len(rows), images, dtype)
+        _fill(out, self._centred, images, rows, sample(self._centred, numbers, height, width))
         return out
 
     def _empty(self, rows: int, images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 from iic_dist import distributed
 from iic_dist.augment import Views, policy
 from iic_dist.config import Config
-from iic_dist.data import ImageSet, load_image_set
+from iic_dist.data import ImageSet, Sampler, load_image_set
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.models import ClusterNet, ProjectionHead, SubHeads, build_backbone
+from iic_dist.schedule import Schedule
 
 
 @dataclass
@@ -137,6 +138,33 @@ def build_model(config: Config, in_channels: int, image_size: int) -> ClusterNet
                 features, model.projection_dim, model.projection_hidden, norm=model.norm
             )
     return ClusterNet(backbone, heads, freeze_backbone=model.freeze_backbone)
+
+
+def build_schedule(config: Config, place: Place, num_labelled: int, num_images: int) -> Schedule:
+    """Lay out the passes of every epoch.
+
+    Args:
+        config: What is asked for.
+        place: This rank, which gets its share of each batch.
+        num_labelled: Images that all heads train on, the first ones.
+        num_images: These and the unlabelled ones.
+
+    Raises:
+        UsageError: the batch size does not fit the images or the ranks.
+    """
+    samplers = [
+        Sampler(size, config.data.batch_size, config.run.seed, place.rank, place.world_size)
+        for size in dict.fromkeys((num_labelled, num_images))
+    ]
+    return Schedule(
+        config.heads,
+        samplers[0],
+        samplers[-1],
+        alternate=config.train.schedule == "alternate",
+        order=config.train.order,
+        contrastive_warmup_epochs=config.train.contrastive_warmup_epochs,
+        views=1 + config.views.repeats,
+    )
 
 
 def run_folder(config: Config) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,7 @@ def assign(
     *,
     batch_size: int = 1000,
     dtype: torch.dtype = torch.float32,
+    after_each: Callable[[], None] | None = None,
 ) -> Assignments:
     """Run the clustering head in evaluation mode over this rank's share of the images.
 
@@ -57,19 +59,24 @@ def assign(
         images: All M images, on every rank.
         batch_size: Images of one forward pass.
         dtype: Of the network's input.
+        after_each: Called after every forward pass, equally often on all ranks; may raise to end it here.
     """
     world_size, rank = distributed.world_size(), distributed.rank()
     bounds = [len(images) * r // world_size for r in range(world_size + 1)]
     own = torch.arange(bounds[rank], bounds[rank + 1])
+    shares = [stop - start for start, stop in itertools.pairwise(bounds)]
     was_training = model.training
     model.eval()
     confidence, clusters = [], []
-    for indices in own.split(batch_size):
-        batch, _ = images.gather(indices)
-        logits = model(views.evaluation(batch, dtype=dtype), ["clustering"])["clustering"]
-        best = torch.softmax(logits.float(), -1).max(-1)
-        confidence.append(best.values)
-        clusters.append(best.indices)
-    model.train(was_training)
-    shares = [stop - start for start, stop in itertools.pairwise(bounds)]
+    try:
+        for first in range(0, max(shares), batch_size):
+            resident, rows, _ = images.gather(own[first : first + batch_size])  # the last may be of no images
+            logits = model(views.evaluation(resident, rows, dtype=dtype), ["clustering"])["clustering"]
+            best = torch.softmax(logits.float(), -1).max(-1)
+            confidence.append(best.values)
+            clusters.append(best.indices)
+            if after_each is not None:
+                after_each()
+    finally:
+        model.train(was_training)
     return Assignments(shares, own, torch.cat(clusters), torch.cat(confidence))

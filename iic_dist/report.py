@@ -14,9 +14,7 @@ from iic_dist.augment import Views
 from iic_dist.data import ImageSet
 from iic_dist.losses import IICTerms
 from iic_dist.monitor import Monitor
-
-USED = 0.1
-"""A cluster counts as used where its share of the images is above this times 1 / K."""
+from iic_dist.selection import used_clusters
 
 
 def head_numbers(head: str, terms: IICTerms) -> dict[str, Tensor]:
@@ -26,7 +24,7 @@ def head_numbers(head: str, terms: IICTerms) -> dict[str, Tensor]:
         Scalars on the device, under the names that TensorBoard shows.
     """
     k = terms.joint.shape[-1]
-    used = (terms.joint.sum(2) > USED / k).sum(1).to(terms.loss.dtype)
+    used = used_clusters(terms.joint).to(terms.loss.dtype)
     numbers = {
         f"{head}/information_share_of_ln_k": terms.mutual_information.mean() / math.log(k),
         f"{head}/entropy_nats": terms.entropy.mean(),
@@ -61,7 +59,7 @@ def show_views(monitor: Monitor, step: int, views: Views, images: Tensor, device
     if not monitor.enabled:
         return
     indices = torch.arange(len(images), device=device)
-    made = views.training(images.to(device), indices, epoch=0).cpu()
+    made = views.training(images.to(device), indices, indices, epoch=0).cpu()
     first, second = made[: len(images)], made[len(images) :]
     spec = views.first
     picture = figures.view_pairs(first, second, images, mean=spec.mean or None, std=spec.std or None)

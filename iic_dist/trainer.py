@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,22 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from tqdm import tqdm
 
-from iic_dist import checkpoint, distributed, inference, metrics, report
-from iic_dist.build import RunData, build_model, build_views, complete
+from iic_dist import report, restart
+from iic_dist.build import RunData, build_model, build_schedule, build_views, complete
 from iic_dist.config import Config
-from iic_dist.data import Batch, DeviceImages, Sampler
+from iic_dist.data import Batch, DeviceImages
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.evaluation import Evaluation, Evaluator
+from iic_dist.files import write_whole
+from iic_dist.guard import Poll, StepGuard
 from iic_dist.losses import IICTerms, iic_loss, nt_xent_loss
-from iic_dist.models import ClusterNet, SubHeads
+from iic_dist.models import SubHeads, distribute, on_device
 from iic_dist.monitor import Monitor
-from iic_dist.ops.iic import iic_information
 from iic_dist.optim import build_optimizer, learning_rate
-from iic_dist.schedule import Pass, Schedule
+from iic_dist.schedule import Pass
+from iic_dist.selection import SubHeadRecord
+from iic_dist.stop import Stopping, StopSignals
+
+_logger = logging.getLogger(__name__)
 
 Terms = dict[str, IICTerms | Tensor]
 """Of each head that took part in a step: its IIC terms, or its contrastive loss; on the device, no gradient."""
@@ -52,36 +57,31 @@ class Trainer:
         self.data, self.place, self.device = data, place, device
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         self.views = build_views(self.config, data.train)
-        self.model = self._on_device(
-            build_model(self.config, self.views.channels(data.train.images.shape[1]), self.views.size)
+        train, optim = config.train, config.optim
+        self.model = on_device(
+            build_model(self.config, self.views.channels(data.train.images.shape[1]), self.views.size),
+            device,
+            self.dtype,
+            sync_batchnorm=train.sync_batchnorm,
+            channels_last=train.channels_last,
         )
         assert self.config.model.num_clusters is not None, "complete() has seen to it"
         self.num_clusters = self.config.model.num_clusters
         self._put_images()
-        self.schedule = self._schedule()
-        self.total_steps = self.schedule.total_steps(config.train.epochs)
-        self.network = self._distributed()
-        optim = config.optim
+        self.schedule = build_schedule(config, place, len(data.train.images), len(self.images))
+        self.total_steps = self.schedule.total_steps(train.epochs)
+        self.network = distribute(
+            self.model, place, device, compiled=train.compile, heads_take_turns=self.schedule.heads_take_turns
+        )
         self.optimizer = build_optimizer(
             self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
         )
+        shapes = {name: head.shape for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
+        self.sub_heads = SubHeadRecord(shapes, config.loss.entropy_weight, device, self.dtype)
+        self.guard = StepGuard(self.model, self.optimizer, device, train.max_skipped_steps)
+        self.poll, self.stop = Poll(device), StopSignals()
         self.step = self.epoch = 0
         self.train_seconds = 0.0
-        shapes = {name: head.shape for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
-        self.sub_head_loss = {name: torch.zeros(h, device=device) for name, (h, _) in shapes.items()}
-        self._pass_joint = {
-            name: torch.zeros(h, k, k, device=device, dtype=self.dtype) for name, (h, k) in shapes.items()
-        }
-
-    def _on_device(self, model: ClusterNet) -> ClusterNet:
-        train = self.config.train
-        if train.sync_batchnorm:
-            if self.device.type != "cuda":
-                raise UsageError("train.sync_batchnorm=true: torch has it on CUDA only; leave it out on the CPU")
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if train.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        return model.to(self.device, self.dtype)
 
     def _put_images(self) -> None:
         """Put the images on the device, the unlabelled ones behind the others."""
@@ -90,114 +90,105 @@ class Trainer:
         if data.unlabelled is not None:
             images = torch.cat([images, data.unlabelled.images])
         self.images = DeviceImages(images, self.device)
-        if data.evaluation is data.train and data.unlabelled is None:
-            self.evaluation_images = self.images
-        else:
-            self.evaluation_images = DeviceImages(data.evaluation.images, self.device)
-
-    def _schedule(self) -> Schedule:
-        config, place = self.config, self.place
-        sizes = (len(self.data.train.images), len(self.images))
-        samplers = [
-            Sampler(size, config.data.batch_size, config.run.seed, place.rank, place.world_size)
-            for size in dict.fromkeys(sizes)
-        ]
-        return Schedule(
-            config.heads,
-            samplers[0],
-            samplers[-1],
-            alternate=config.train.schedule == "alternate",
-            order=config.train.order,
-            contrastive_warmup_epochs=config.train.contrastive_warmup_epochs,
-            views=1 + config.views.repeats,
+        same = data.evaluation is data.train and data.unlabelled is None
+        self.evaluator = Evaluator(
+            data.evaluation,
+            self.images if same else DeviceImages(data.evaluation.images, self.device),
+            self.views,
+            self.num_clusters,
+            batch_size=self.config.train.evaluate_batch_size,
+            dtype=self.dtype,
         )
 
-    def _distributed(self) -> nn.Module:
-        """Compile and distribute the network; its buffers are averaged when they are read, not in each step."""
-        network: nn.Module = self.model
-        if self.config.train.compile:
-            network = torch.compile(network)  # type: ignore[assignment]
-        if self.place.world_size == 1:
-            return network
-        # torch 2.15 renamed the first of these; both leave the buffers alone after the start.
-        names = inspect.signature(DistributedDataParallel).parameters
-        sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
-        return DistributedDataParallel(
-            network,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=self.schedule.heads_take_turns,
-            **sync,
-        )
-
-    def train(self, folder: Path) -> dict[str, Any]:
+    def train(self, folder: Path, stop: StopSignals | None = None) -> dict[str, Any] | None:
         """Train to the last epoch, evaluating and saving on the way; return what result.json holds.
 
         Args:
             folder: Folder of the run; rank 0 writes there.
+            stop: Signals to heed: soon after any rank has received one, all of them stop at the same step, save, leave
+                a file PREEMPTED in the folder, and return None.
+
+        Raises:
+            RunError: too many steps in a row were not finite, or the state could not be saved before a stop.
         """
-        train, result = self.config.train, None
+        self.stop = stop or self.stop
         monitor = Monitor(folder, self.place.is_main, self.step if self.step else None)
         with monitor, self._progress() as bar:
             if self.step == 0:
                 report.show_views(monitor, 0, self.views, self.data.train.images[:8], self.device)
-            while self.epoch < train.epochs:
-                self._train_epoch(monitor, bar)
-                last = self.epoch == train.epochs
-                if last or (train.evaluate_every and self.epoch % train.evaluate_every == 0):
-                    result = self._evaluate_and_show(monitor, bar)
-                if last or self.epoch % train.checkpoint_every == 0:
-                    self.save(folder)
-        result = result or self.evaluate()
+            try:
+                result = self._train_epochs(folder, monitor, bar)
+            except Stopping:
+                restart.leave_for_later(folder, self.state_dict(), self.stop.received)
+                return None
         if self.place.is_main:
-            (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            write_whole(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         return result
+
+    def _train_epochs(self, folder: Path, monitor: Monitor, bar: tqdm[Any]) -> dict[str, Any]:
+        train, result = self.config.train, None
+        while self.epoch < train.epochs:
+            self._train_epoch(folder, monitor, bar)
+            done = self.epoch + 1
+            if done == train.epochs or (train.evaluate_every and done % train.evaluate_every == 0):
+                result = self._evaluate_and_show(monitor, bar)
+            self.epoch = done
+            if done == train.epochs or done % train.checkpoint_every == 0:
+                restart.save(folder, self.state_dict(), self.sub_heads.lowest_loss())
+        return result or self.evaluate()
 
     def _progress(self) -> tqdm[Any]:
         hidden = not (self.place.is_main and self.config.monitor.progress)
         return tqdm(total=self.total_steps, initial=self.step, disable=hidden, unit="step", dynamic_ncols=True)
 
-    def _train_epoch(self, monitor: Monitor, bar: tqdm[Any]) -> None:
-        started, steps_before = time.perf_counter(), self.step
+    def _train_epoch(self, folder: Path, monitor: Monitor, bar: tqdm[Any]) -> None:
+        """Take the steps of the epoch that are not done yet."""
         self.model.train()
-        for each in self.schedule.passes(self.epoch):
-            for head in self._pass_joint.keys() & set(each.heads):
-                self._pass_joint[head].zero_()
-            for position in range(each.steps):
+        self._lap_started = started = time.perf_counter()
+        every, before, first = (
+            self.config.train.checkpoint_every_steps,
+            self.step,
+            self.schedule.total_steps(self.epoch),
+        )
+        try:
+            for each, position in self.schedule.steps(self.epoch)[before - first :]:
                 terms = self.train_step(each, position)
                 bar.update()
                 if self.step % self.config.monitor.log_every == 0:
-                    rate = (self.step - steps_before) / (time.perf_counter() - started)
-                    self._log(monitor, bar, each, terms, rate)
-            self._judge_sub_heads(each)
+                    self._log(monitor, bar, each, terms, (self.step - before) / (time.perf_counter() - started))
+                self.guard.heed(leave=1)
+                if every and self.step % every == 0:
+                    self.guard.heed(leave=0)
+                    self._lap()
+                    restart.save(folder, self.state_dict())
+            self.guard.heed(leave=0)
+        finally:
+            self._lap()
+
+    def _lap(self) -> None:
+        """Add the time since the last lap to the seconds of training."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # so that the seconds are those of the work
-        self.epoch += 1
-        self.train_seconds += time.perf_counter() - started
+        now = time.perf_counter()
+        self.train_seconds += now - self._lap_started
+        self._lap_started = now
 
     def _log(self, monitor: Monitor, bar: tqdm[Any], each: Pass, terms: Terms, steps_per_second: float) -> None:
-        """Read the numbers of the last step: the one place where training waits for the device."""
+        """Read the numbers of the last step, and so wait for the device."""
         numbers = {}
         for head, value in terms.items():
             numbers[f"loss/{head}"] = value if isinstance(value, Tensor) else value.loss.mean()
             numbers |= {} if isinstance(value, Tensor) else report.head_numbers(head, value)
         values = report.read(numbers)
         values["optim/learning_rate"] = self.learning_rate(each.heads, self.step - 1)
+        values["optim/skipped_steps"] = self.guard.skipped
+        values |= {f"{head}/collapsed_sub_heads": len(bad) for head, bad in self.sub_heads.collapsed.items()}
         values["speed/images_per_second"] = steps_per_second * self.config.data.batch_size
         values["epoch"] = self.epoch + 1
         monitor.scalars(self.step, values)
         losses = {head: f"{values[f'loss/{head}']:.3f}" for head in terms}
         bar.set_description(f"epoch {self.epoch + 1}/{self.config.train.epochs}", refresh=False)
         bar.set_postfix(losses, refresh=False)
-
-    def _judge_sub_heads(self, each: Pass) -> None:
-        """Compute each sub-head's loss on the joint of the whole pass, which is less noisy than that of a batch."""
-        for head in each.heads:
-            if head in self._pass_joint:
-                joint = self._pass_joint[head]
-                sums = torch.cat([joint.flatten(), joint.new_full((1,), each.steps)])
-                weight = self.config.loss.entropy_weight
-                self.sub_head_loss[head] = iic_information(sums, joint.shape[-1], weight).loss
 
     def learning_rate(self, heads: Sequence[str], step: int) -> float:
         """Return the learning rate of a step that trains `heads`."""
@@ -212,16 +203,19 @@ class Trainer:
         )
 
     def train_step(self, each: Pass, position: int) -> Terms:
-        """Update the weights once; nothing here waits for the device.
+        """Update the weights once; nothing here waits for the device but the end of a pass.
 
         Args:
             each: The pass of the current epoch.
             position: Place of the step in the pass, from 0.
         """
+        if position == 0:
+            self.sub_heads.begin_pass(each.heads)
         batches = self.schedule.batches(self.epoch, each.heads, position)
         inputs = [self._make_views(batch, each.first_view) for _, batch in batches]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(each.heads, self.step)
+        self.guard.begin()
         with self._autocast():
             outputs = self.network(torch.cat(inputs) if len(inputs) > 1 else inputs[0], each.heads)
         rows = [len(part) for part in inputs]
@@ -233,15 +227,24 @@ class Trainer:
                 total = total + getattr(self.config.loss, head) * loss
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        if self.config.optim.clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        skipped = self.guard.end(total.detach(), self.stop.received is not None, self.config.optim.clip_norm)
         self.optimizer.step()
+        for head, value in terms.items():
+            if isinstance(value, IICTerms):
+                self.sub_heads.add(head, value.joint, skipped)
         self.step += 1
+        if position == each.steps - 1:
+            self._end_pass(each)
         return terms
 
+    def _end_pass(self, each: Pass) -> None:
+        for line in self.sub_heads.end_pass(each.heads):
+            if self.place.is_main:
+                _logger.warning("epoch %d: %s", self.epoch + 1, line)
+
     def _make_views(self, batch: Batch, first_view: int) -> Tensor:
-        images, indices = self.images.gather(batch.indices)
-        views = self.views.training(images, indices, batch.epoch, first_view, dtype=self.dtype)
+        images, rows, indices = self.images.gather(batch.indices)
+        views = self.views.training(images, rows, indices, batch.epoch, first_view, dtype=self.dtype)
         if self.config.train.channels_last:
             return views.contiguous(memory_format=torch.channels_last)
         return views
@@ -263,46 +266,29 @@ class Trainer:
             )
             return value, value.detach()
         terms = iic_loss(first, second, entropy_weight=loss.entropy_weight, impl=loss.impl)
-        self._pass_joint[head] += terms.joint
         return terms.loss.mean(), terms._replace(loss=terms.loss.detach())
 
-    def selected(self) -> int:
-        """Return the sub-head of the clustering head with the lowest loss over its last pass; no label is read."""
-        return int(self.sub_head_loss["clustering"].argmin())
+    def _evaluate(self) -> Evaluation:
+        def heed() -> None:
+            if self.poll.stop(self.stop.received is not None):
+                raise Stopping
 
-    def _assign(self) -> inference.Assignments:
-        """Cluster the evaluation images with the network that the ranks have in common."""
-        distributed.all_reduce_mean([b for b in self.model.buffers() if b.is_floating_point()])
-        return inference.assign(
-            self.model,
-            self.views,
-            self.evaluation_images,
-            batch_size=self.config.train.evaluate_batch_size,
-            dtype=self.dtype,
-        )
+        return self.evaluator.evaluate(self.model, self.sub_heads.selected(), heed)
 
-    def _counts(self, assigned: inference.Assignments) -> Tensor | None:
-        """Count clusters against classes over all ranks: (H, K, C) on the CPU, or None without labels."""
-        evaluation = self.data.evaluation
-        if evaluation.labels is None:
-            return None
-        labels = evaluation.labels[assigned.indices].to(self.device)
-        counts = metrics.count_matrix(assigned.clusters, labels, self.num_clusters, evaluation.num_classes)
-        return distributed.all_reduce_sum(counts).cpu()
-
-    def _result(self, counts: Tensor | None) -> dict[str, Any]:
+    def _result(self, evaluation: Evaluation, epochs: int) -> dict[str, Any]:
         seen = self.config.data.batch_size * self.step
-        figures = {"accuracy": None, "nmi": None, "ari": None}
         return {
             "data": self.data.evaluation.name,
             "num_images": len(self.data.evaluation.images),
             "num_clusters": self.num_clusters,
-            "epochs": self.epoch,
+            "epochs": epochs,
             "world_size": self.place.world_size,
             "seed": self.config.run.seed,
-            **(figures if counts is None else metrics.summarize(counts, self.selected())),
+            **self.evaluator.figures(evaluation),
             "images_per_second": round(seen / self.train_seconds, 1) if self.train_seconds else None,
             "train_seconds": round(self.train_seconds, 2),
+            "skipped_steps": self.guard.skipped,
+            "collapsed_sub_heads": self.sub_heads.collapsed,
         }
 
     def evaluate(self) -> dict[str, Any]:
@@ -310,38 +296,41 @@ class Trainer:
 
         Collective: all ranks must call; the figures do not depend on their number.
         """
-        return self._result(self._counts(self._assign()))
+        return self._result(self._evaluate(), self.epoch)
 
     def _evaluate_and_show(self, monitor: Monitor, bar: tqdm[Any]) -> dict[str, Any]:
-        assigned = self._assign()
-        counts = self._counts(assigned)
-        result = self._result(counts)
+        evaluation, epochs = self._evaluate(), self.epoch + 1
+        result = self._result(evaluation, epochs)
         if numbers := report.result_numbers(result):
             monitor.scalars(self.step, numbers)
             if self.place.is_main:
-                bar.write(f"epoch {self.epoch}: accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
+                bar.write(f"epoch {epochs}: accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
         every = self.config.monitor.pictures_every
-        if self.epoch == self.config.train.epochs or (every and self.epoch % every == 0):
-            clusters, confidence = assigned.gathered(self.selected())
-            table = None if counts is None else counts[self.selected()]
-            report.show_clusters(
-                monitor, self.step, self.data.evaluation, clusters, confidence, self.num_clusters, table
-            )
+        if epochs == self.config.train.epochs or (every and epochs % every == 0):
+            self.evaluator.show(monitor, self.step, evaluation)
         return result
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint from rank 0."""
-        distributed.all_reduce_mean([b for b in self.model.buffers() if b.is_floating_point()])
-        if self.place.is_main:
-            checkpoint.save(folder / "checkpoints", self.step, self.state_dict())
+    def resume(self, folder: Path, *, best: bool = False) -> bool:
+        """Go on from the newest checkpoint that verifies; return whether there was one.
 
-    def resume(self, folder: Path) -> bool:
-        """Go on from the newest checkpoint that verifies, read by rank 0 for all; return whether there was one."""
-        state = checkpoint.load_newest(folder / "checkpoints") if self.place.is_main else None
-        state = distributed.broadcast(state)
-        if state is not None:
+        Args:
+            folder: Of the run.
+            best: Take the one of lowest loss instead.
+
+        Raises:
+            UsageError: it is not of this network.
+
+        Collective: all ranks must call; rank 0 reads for all.
+        """
+        state = restart.load(folder, best=best)
+        if state is None:
+            return False
+        try:
             self.load_state_dict(state)
-        return state is not None
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"{folder}: its checkpoint is not of this network: {reason}") from error
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs to go on: tensors and plain values alone."""
@@ -351,7 +340,8 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "sub_head_loss": self.sub_head_loss,
+            "sub_heads": self.sub_heads.state_dict(),
+            "guard": self.guard.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -360,4 +350,5 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch = state["step"], state["epoch"]
         self.train_seconds = state["train_seconds"]
-        self.sub_head_loss = {head: loss.to(self.device) for head, loss in state["sub_head_loss"].items()}
+        self.guard.load_state_dict(state["guard"])
+        self.sub_heads.load_state_dict(state["sub_heads"])

@@ -59,6 +59,15 @@ def build(name: str, channels: int, side: int, options: dict[str, Any], **more: 
     return policy(name, image_size=side, channels=channels, **({"seed": 0} | options | more))
 
 
+def train(views: Views, images: Tensor, indices: Tensor, *arguments: Any, **more: Any) -> Tensor:
+    """Training views of a batch that was copied."""
+    return views.training(images, torch.arange(len(images), device=images.device), indices, *arguments, **more)
+
+
+def evaluate(views: Views, images: Tensor, *arguments: Any, **more: Any) -> Tensor:
+    return views.evaluation(images, torch.arange(len(images), device=images.device), *arguments, **more)
+
+
 def drawn(spec: ViewSpec, height: int = 30, width: int = 40, count: int = 20_000) -> dict[str, Tensor]:
     parameters = sample(spec, uniforms(11, 0, torch.arange(count), 0, 21), height, width)
     return {field.name: getattr(parameters, field.name) for field in fields(parameters)}
@@ -165,7 +174,7 @@ def test_training_equals_torchvision_step_by_step() -> None:
     images, indices = pictures(10, 3, 20, 24), torch.arange(10) + 70
     spec = replace(EVERYTHING, crop_area=None, crop_sides=(9, 13), gray=0.5)
     views = Views(spec, replace(spec, blur=1.0), spec, 2, seed=5)
-    made = views.training(images, indices, epoch=4, first_view=3, dtype=torch.float64)
+    made = train(views, images, indices, epoch=4, first_view=3, dtype=torch.float64)
     row = 0
     for number in (3, 4, 5):
         p = sample(views.first if number == 3 else views.second, uniforms(5, 4, indices, number, 21), 20, 24)
@@ -193,20 +202,20 @@ def test_training_equals_torchvision_step_by_step() -> None:
 def test_shapes_and_types(name: str, channels: int, side: int, options: dict[str, Any]) -> None:
     views = build(name, channels, side, options, repeats=3)
     images = pictures(5, channels, side)
-    made = views.training(images, torch.arange(5), 0)
+    made = train(views, images, torch.arange(5), 0)
     assert made.shape == (20, views.channels(channels), views.size, views.size)
     assert made.dtype == torch.float32
     assert made.isfinite().all()
-    seen = views.evaluation(images)
+    seen = evaluate(views, images)
     assert seen.shape == made[:5].shape
     for dtype in (torch.float64, torch.bfloat16):
-        again = views.training(images, torch.arange(5), 0, dtype=dtype)
-        assert again.dtype == views.evaluation(images, dtype=dtype).dtype == dtype
+        again = train(views, images, torch.arange(5), 0, dtype=dtype)
+        assert again.dtype == evaluate(views, images, dtype=dtype).dtype == dtype
         close = 1e-4 if dtype == torch.float64 else 0.05
         torch.testing.assert_close(again.float(), made, rtol=close, atol=close)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(views.training(images, torch.arange(5), 0), made)
-    assert views.training(images[:0], torch.arange(0), 0).shape == (0, *made.shape[1:])
+        assert torch.equal(train(views, images, torch.arange(5), 0), made)
+    assert train(views, images[:0], torch.arange(0), 0).shape == (0, *made.shape[1:])
 
 
 @every_policy
@@ -214,17 +223,26 @@ def test_batch_changes_nothing(name: str, channels: int, side: int, options: dic
     count = 40
     views = build(name, channels, side, options, repeats=2)
     images, indices = pictures(count, channels, side), torch.arange(count) + 1000
-    made = views.training(images, indices, 3).unflatten(0, (3, count))
+    made = train(views, images, indices, 3).unflatten(0, (3, count))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    shuffled = views.training(images[order], indices[order], 3).unflatten(0, (3, count))
+    shuffled = train(views, images[order], indices[order], 3).unflatten(0, (3, count))
     assert torch.equal(shuffled, made[:, order])
     for size in (1, 7, 33):
         for start in range(0, count, size):
             part = slice(start, start + size)
-            alone = views.training(images[part], indices[part], 3).unflatten(0, (3, -1))
+            alone = train(views, images[part], indices[part], 3).unflatten(0, (3, -1))
             assert torch.equal(alone, made[:, part])
-    seen = views.evaluation(images)
-    assert torch.equal(torch.cat([views.evaluation(part) for part in images.split(7)]), seen)
+    seen = evaluate(views, images)
+    assert torch.equal(torch.cat([evaluate(views, part) for part in images.split(7)]), seen)
+
+
+@every_policy
+def test_images_are_taken_where_they_are(name: str, channels: int, side: int, options: dict[str, Any]) -> None:
+    """Rows of all images, with repetitions, as where the batch was copied."""
+    views = build(name, channels, side, options)
+    images, rows, indices = pictures(9, channels, side), torch.tensor([8, 0, 3, 3, 8]), torch.arange(5)
+    assert torch.equal(views.training(images, rows, indices, 0), train(views, images[rows], indices, 0))
+    assert torch.equal(views.evaluation(images, rows), evaluate(views, images[rows]))
 
 
 @every_policy
@@ -232,12 +250,12 @@ def test_everything_else_does(name: str, channels: int, side: int, options: dict
     """The same picture everywhere: only index, view, epoch and seed tell its views apart."""
     views = build(name, channels, side, options, repeats=4)
     images, indices = pictures(1, channels, side).expand(6, -1, -1, -1), torch.arange(6)
-    first, *second = views.training(images, indices, 0).chunk(5)
+    first, *second = train(views, images, indices, 0).chunk(5)
     others = [
         torch.cat(second),
-        views.training(images, indices, 1)[6:],
-        views.training(images, indices, 0, first_view=5)[6:],
-        build(name, channels, side, options, repeats=4, seed=1).training(images, indices, 0)[6:],
+        train(views, images, indices, 1)[6:],
+        train(views, images, indices, 0, first_view=5)[6:],
+        train(build(name, channels, side, options, repeats=4, seed=1), images, indices, 0)[6:],
     ]
     made = torch.cat(others)
     assert len(torch.unique(made.flatten(1), dim=0)) == len(made)
@@ -247,8 +265,8 @@ def test_everything_else_does(name: str, channels: int, side: int, options: dict
 def test_second_views_count_on_from_the_first() -> None:
     views = build("simclr", 3, 32, {}, repeats=3)
     images, indices = pictures(4, 3, 32), torch.arange(4)
-    made = views.training(images, indices, 0).chunk(4)
-    later = views.training(images, indices, 0, first_view=2).chunk(4)
+    made = train(views, images, indices, 0).chunk(4)
+    later = train(views, images, indices, 0, first_view=2).chunk(4)
     assert torch.equal(later[0], made[2])
     assert torch.equal(later[1], made[3])
 
@@ -258,12 +276,12 @@ def test_evaluation_is_a_centre_crop_or_the_whole_image() -> None:
     plain = image.double() / 255
     crops = build("iic", 3, 33, {"crop_sides": (16, 20, 24), "size": 24, "sobel": False})
     expected = TV.resize(TV.center_crop(plain, [20, 20]), [24, 24], antialias=True)
-    torch.testing.assert_close(crops.evaluation(image, torch.float64), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(evaluate(crops, image, torch.float64), expected, rtol=0, atol=1e-12)
     whole = build("simclr", 3, 33, {"size": 17, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)})
     expected = TV.normalize(TV.resize(plain, [17, 17], antialias=True), [0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
-    torch.testing.assert_close(whole.evaluation(image, torch.float64), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(evaluate(whole, image, torch.float64), expected, rtol=0, atol=1e-12)
     same = build("digits", 1, 8, {})
-    assert torch.equal(same.evaluation(pictures(3, 1, 8)), pictures(3, 1, 8) / 255)
+    assert torch.equal(evaluate(same, pictures(3, 1, 8)), pictures(3, 1, 8) / 255)
 
 
 class NoHostSync(TorchDispatchMode):
@@ -290,8 +308,8 @@ def test_no_host_sync(name: str, channels: int, side: int, options: dict[str, An
     views = build(name, channels, side, options, repeats=2)
     images, indices = pictures(4, channels, side), torch.arange(4)
     with NoHostSync() as watch:
-        views.training(images, indices, 1)
-        views.evaluation(images)
+        train(views, images, indices, 1)
+        evaluate(views, images)
     assert watch.seen > 50
 
 
@@ -377,9 +395,9 @@ def test_what_users_get_wrong(channels: int, options: dict[str, Any], quoted: st
 
 def test_images_that_do_not_fit_the_views() -> None:
     with pytest.raises(UsageError, match=r"20 pixels.*16 x 32"):
-        build("iic", 3, 32, {}).training(pictures(2, 3, 16, 32), torch.arange(2), 0)
+        train(build("iic", 3, 32, {}), pictures(2, 3, 16, 32), torch.arange(2), 0)
     with pytest.raises(UsageError, match=r"1 channel.*saturation, hue, gray"):
-        build("simclr", 3, 32, {}).training(pictures(2, 1, 32), torch.arange(2), 0)
+        train(build("simclr", 3, 32, {}), pictures(2, 1, 32), torch.arange(2), 0)
     with pytest.raises(UsageError, match=r"agree in \(size, sobel\).*12.*13"):
         Views(EVERYTHING, EVERYTHING, replace(EVERYTHING, size=13), 1, 0)
 
@@ -390,7 +408,7 @@ def test_images_that_do_not_fit_the_views() -> None:
 def test_gpu_makes_the_same_views(name: str, channels: int, side: int, options: dict[str, Any]) -> None:
     views = build(name, channels, side, options, repeats=2)
     images, indices = pictures(32, channels, side), torch.arange(32)
-    expected = views.training(images, indices, 2)
+    expected = train(views, images, indices, 2)
     images, indices = images.cuda(), indices.cuda()
     for spec in (views.first, views.second):
         numbers = uniforms(0, 2, indices, 1, 21)
@@ -400,10 +418,10 @@ def test_gpu_makes_the_same_views(name: str, channels: int, side: int, options: 
             value = getattr(on_cpu, field.name)
             if value is not None:
                 torch.testing.assert_close(getattr(on_gpu, field.name).cpu(), value, rtol=2e-7, atol=1e-6)
-    views.training(images, indices, 2)  # the first call sets up the libraries
+    train(views, images, indices, 2)  # the first call sets up the libraries
     torch.cuda.set_sync_debug_mode("error")
     try:
-        made = views.training(images, indices, 2)
+        made = train(views, images, indices, 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(made.cpu(), expected, rtol=0, atol=2e-4)

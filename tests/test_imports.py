@@ -16,15 +16,19 @@ COMMANDS = {"train", "evaluate", "doctor"}
 SEES_CONFIG = COMMANDS | {"command_line", "build", "trainer", "config"}
 LEVEL = {
     **dict.fromkeys(("errors", "__init__", "config"), 0),
-    **dict.fromkeys(("ops", "distributed", "philox"), 1),
-    **dict.fromkeys(("view_spec", "data", "models", "losses", "optim", "checkpoint", "metrics", "command_line"), 2),
-    **dict.fromkeys(("augment", "schedule", "figures"), 3),
+    **dict.fromkeys(("ops", "distributed", "philox", "files", "stop"), 1),
+    **dict.fromkeys(
+        ("view_spec", "guard", "data", "models", "losses", "optim", "checkpoint", "metrics", "command_line"), 2
+    ),
+    "command_line": 2,
+    **dict.fromkeys(("restart", "augment", "schedule", "figures", "selection"), 3),
     **dict.fromkeys(("monitor", "inference"), 4),
     **dict.fromkeys(("report", "build"), 5),
-    "trainer": 6,
-    "doctor": 7,
-    "train": 7,
-    "evaluate": 8,
+    "evaluation": 6,
+    "trainer": 7,
+    "doctor": 8,
+    "train": 8,
+    "evaluate": 9,
 }
 
 

@@ -127,7 +127,7 @@ def test_sub_heads_are_judged_by_their_last_pass_alone(tmp_path: Path) -> None:
     trainer = digits_trainer(*options, "--train.epochs", "1")
     trainer.train(tmp_path)
     # Minus a mutual information; the joints of two passes taken for one would give up to 2 ln 2.
-    for loss in trainer.sub_head_loss.values():
+    for loss in trainer.sub_heads.losses.values():
         assert (loss < 1e-5).all()
         assert (loss != 0).all()
 
@@ -143,7 +143,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     resumed.train(tmp_path)
     for old, new in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(old, new)
-    assert torch.equal(whole.sub_head_loss["clustering"], resumed.sub_head_loss["clustering"])
+    assert torch.equal(whole.sub_heads.losses["clustering"], resumed.sub_heads.losses["clustering"])
 
 
 def test_a_run_leaves_its_files(tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ def test_the_evaluation_does_not_depend_on_its_batch_size() -> None:
 
 def test_the_selected_sub_head_is_that_of_lowest_loss_whatever_the_labels() -> None:
     trainer = digits_trainer("--model.sub_heads", "4")
-    trainer.sub_head_loss["clustering"] = torch.tensor([-1.0, -2.0, -2.5, -0.1])
-    assert trainer.selected() == 2
+    trainer.sub_heads.losses["clustering"] = torch.tensor([-1.0, -2.0, -2.5, -0.1])
+    assert trainer.sub_heads.selected() == 2
     assert trainer.evaluate()["accuracy"]["best"] >= trainer.evaluate()["accuracy"]["selected"]
 
 

@@ -23,14 +23,16 @@ class DeviceImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def gather(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Pick a batch: images[indices].
+    def gather(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Say where the images of a batch are; no image is copied.
 
         Args:
             indices: (N,) int64 on the CPU, in [0, M).
 
         Returns:
-            (N, C, H, W) uint8 and (N,) int64, both on the device.
+            images: (M, C, H, W) uint8 on the device: all of them, not to be written to.
+            rows: (N,) int64 on the device, place of each image of the batch in `images`: `indices` again.
+            indices: (N,) int64 on the device, number of each image in the data set.
 
         Sync:
             None. On CUDA the indices go through pinned memory, so that the copy is queued on the current
@@ -38,4 +40,4 @@ class DeviceImages:
         """
         if self.device.type == "cuda":
             indices = indices.pin_memory().to(self.device, non_blocking=True)
-        return self.images.index_select(0, indices), indices
+        return self.images, indices, indices
