@@ -10,7 +10,7 @@
 # ADDRESS    of this machine among the others; default: what its host name stands for. Where a machine has several
 #            networks, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the one that the processes talk over.
 # RANKS      processes of each machine; default: one for each GPU, or for each core where there is no GPU
-# RESTARTS   how often they may start again, default 10
+# RESTARTS   how often they may start again, default 3; a mistake in the options is tried as often
 # PYTHON     interpreter, default python3
 #
 # Slurm's and Kubeflow's own variables serve for NODES, NODE_RANK, RANKS and HEAD where these are not set. --run.name is
@@ -33,6 +33,6 @@ done
 # What counts the restarts of a killed process is known to each agent alone: the ranks must not share the agents' store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${PYTHON:-python3}" -m torch.distributed.run --nnodes="$nodes" \
-    --nproc-per-node="${RANKS:-${PET_NPROC_PER_NODE:-auto}}" --max-restarts="${RESTARTS:-10}" \
+    --nproc-per-node="${RANKS:-${PET_NPROC_PER_NODE:-auto}}" --max-restarts="${RESTARTS:-3}" \
     ${ADDRESS:+--local-addr="$ADDRESS"} --rdzv-backend=c10d --rdzv-id="$name" --rdzv-endpoint="$head" \
     --rdzv-conf="is_host=$((node_rank == 0))" --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m iic_dist.train "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,27 @@ def test_after_a_killed_rank_the_run_goes_on_to_the_same_weights(tmp_path: Path,
         end(process)
     assert "going on after epoch" in output(tmp_path)
     assert json.loads((folder / "result.json").read_text())["world_size"] == 2
+    assert_same_weights(folder, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_after_a_signal_the_same_command_goes_on_to_the_same_weights(
+    number: signal.Signals, tmp_path: Path, undisturbed: Path
+) -> None:
+    folder = tmp_path / "runs" / "stopped"
+    for expected in (75, 0):
+        process = start(LAUNCH / "local.sh", *SMALL, "--run.name", "stopped", cwd=tmp_path, RANKS="2")
+        try:
+            if expected:
+                wait_until(lambda: steps_done(folder) > STEPS // 3, 200, lambda: output(tmp_path))
+                process.send_signal(number)
+            assert process.wait(timeout=300) == expected, output(tmp_path)
+        finally:
+            end(process)
+        assert (folder / "PREEMPTED").exists() == bool(expected)
+        assert (folder / "result.json").exists() == (not expected)
+    assert "runs/stopped: stopped and saved" in output(tmp_path)
     assert_same_weights(folder, undisturbed)
 
 
