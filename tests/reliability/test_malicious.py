@@ -62,13 +62,17 @@ def as_zip(payload: object) -> bytes:
     source, made = zipfile.ZipFile(buffer), io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as target:
         for item in source.infolist():
-            target.writestr(item, pickle.dumps(payload, protocol=2) if item.filename.endswith("data.pkl") else source.read(item))
+            target.writestr(
+                item, pickle.dumps(payload, protocol=2) if item.filename.endswith("data.pkl") else source.read(item)
+            )
     return made.getvalue()
 
 
 FORMS: dict[str, Callable[[Any], bytes]] = {
     "zip": lambda call: as_zip({"step": 2, "model": call}),
-    "bare pickle": lambda call: pickle.dumps({"step": 2, "model": StateCall(call.function, *call.arguments)}, protocol=2),
+    "bare pickle": lambda call: pickle.dumps(
+        {"step": 2, "model": StateCall(call.function, *call.arguments)}, protocol=2
+    ),
 }
 
 
