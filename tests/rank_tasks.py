@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from iic_dist import distributed
+from iic_dist import distributed, restart
 from iic_dist.build import load_data
 from iic_dist.command_line import parse
 from iic_dist.distributed import Place
@@ -67,10 +69,7 @@ def single_pair(rank: int, group: dist.ProcessGroup) -> str:
 
 def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[str], steps: int) -> dict[str, object]:
     """Train for some steps on all ranks of the default group; return losses, weights, evaluation."""
-    config = parse(arguments)
-    world_size = distributed.world_size()
-    place = Place(rank, world_size, rank, world_size)
-    trainer = Trainer(config, load_data(config, place), place, torch.device("cpu"))
+    trainer = small_trainer(rank, arguments)
     losses = []
     passes = trainer.schedule.passes(0)
     for step in range(steps):
@@ -111,3 +110,22 @@ def collectives_of_a_step(rank: int, group: dist.ProcessGroup, arguments: list[s
     finally:
         dist.all_reduce, dist.all_gather_into_tensor = reduce, gather
     return seen
+
+
+def train_on(rank: int, group: dist.ProcessGroup | None, arguments: list[str], folder: str, steps: int) -> Tensor:
+    """Go on with a run up to a step of its first epoch, save it, and return all weights and statistics."""
+    trainer = small_trainer(rank, arguments)
+    trainer.resume(Path(folder))
+    for each, position in trainer.schedule.steps(0)[trainer.step : steps]:
+        trainer.train_step(each, position)
+    restart.save(Path(folder), trainer.state_dict())
+    distributed.barrier()
+    return torch.cat([value.detach().double().flatten() for value in trainer.model.state_dict().values()])
+
+
+def small_trainer(rank: int, arguments: list[str]) -> Trainer:
+    """Make a trainer for this rank of the default group."""
+    config = parse(arguments)
+    world_size = distributed.world_size()
+    place = Place(rank, world_size, rank, world_size)
+    return Trainer(config, load_data(config, place), place, torch.device("cpu"))
