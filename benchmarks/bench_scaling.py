@@ -11,6 +11,7 @@ held against what 2 and 4 ranks took; then it predicts GPUs from ASSUMED, of whi
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -82,8 +83,13 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def usual_seconds(work: Callable[[], object], device: torch.device, times: int) -> float:
+    """Lower quartile of several calls, because other work on the machine can only make them longer."""
+    return statistics.quantiles([seconds_of(work, device) for _ in range(SETTLE + times)][SETTLE:], n=4)[0]
+
+
 def link_seconds(device: torch.device) -> dict[str, dict[int, float]]:
-    """Median seconds of bare collectives by the number of bytes: of the sum, or of the gathered whole."""
+    """Seconds of bare collectives by the number of bytes: of the sum, or of the gathered whole."""
     ranks = distributed.world_size()
     found: dict[str, dict[int, float]] = {"all_reduce": {}, "all_gather": {}}
     for size in SIZES:
@@ -94,20 +100,18 @@ def link_seconds(device: torch.device) -> dict[str, dict[int, float]]:
             "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
         }
         for name, work in works.items():
-            times = [seconds_of(work, device) for _ in range(SETTLE + 30)]
-            found[name][whole.numel() * 4] = statistics.median(times[SETTLE:])
+            found[name][whole.numel() * 4] = usual_seconds(work, device, 30)
     return found
 
 
 def step_seconds(images: int, place: Place, device: torch.device) -> dict[str, Any]:
-    """Median seconds of training steps on `images` images over all ranks, and what the model must know of them."""
+    """Seconds of training steps on `images` images over all ranks, and what the model must know of them."""
     config = parse([*OPTIONS, "--data.batch_size", str(images)])
     trainer = Trainer(config, load_data(config, place), place, device)
     [joint] = trainer.schedule.passes(0)
     trainer.model.train()
-    work = lambda: trainer.train_step(joint, 0)  # noqa: E731
-    times = [seconds_of(work, device) for _ in range(SETTLE + STEPS)][SETTLE:]
-    return {"seconds": statistics.median(times), "shape": shape_of(trainer)}
+    work = functools.partial(trainer.train_step, joint, 0)
+    return {"seconds": usual_seconds(work, device, STEPS), "shape": shape_of(trainer)}
 
 
 def shape_of(trainer: Trainer) -> dict[str, Any]:
@@ -126,9 +130,11 @@ def contrast_rate(device: torch.device) -> float:
     """Operations per second of the NT-Xent loss with as many embeddings as the largest batch here has."""
     images = WEAK * WORLDS[-1]
     pair = torch.randn(2, images, 128, device=device).requires_grad_()
-    work = lambda: torch.autograd.grad(nt_xent_loss(*pair.unbind()), pair)  # noqa: E731
-    times = [seconds_of(work, device) for _ in range(SETTLE + STEPS)][SETTLE:]
-    return contrast_flops(images, images, 128) / statistics.median(times)
+
+    def work() -> object:
+        return torch.autograd.grad(nt_xent_loss(*pair.unbind()), pair)
+
+    return contrast_flops(images, images, 128) / usual_seconds(work, device, STEPS)
 
 
 def work_of_a_rank(device_name: str, output: Path) -> None:
@@ -165,7 +171,7 @@ def run_world(ranks: int, device: str) -> dict[str, Any]:
 
 
 def median_of(rounds: list[Any]) -> Any:
-    """Take the median of every number of equally built answers."""
+    """Take the median of every number of equally built answers; what stands in a list is the same in all."""
     first = rounds[0]
     if isinstance(first, dict):
         return {key: median_of([each[key] for each in rounds]) for key in first}
