@@ -7,8 +7,9 @@ import secrets
 import shutil
 import socket
 import subprocess
-import time
 from pathlib import Path
+
+from launched import wait_until
 
 NODES = ("n0", "n1")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -79,22 +80,15 @@ class Slurm:
         (folder / "slurm.conf").write_text(text)
         files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         self._start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files)
-        self._wait(lambda: (folder / "munge.socket").exists(), "munged has not opened its socket")
+        wait_until((folder / "munge.socket").exists, 30, self.logs)
         self._start("slurmctld", "-D")
         for node in NODES:
             self._start("slurmd", "-D", "-N", node)
-        self._wait(lambda: self.command("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", "nodes are not idle")
+        wait_until(lambda: self.command("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", 30, self.logs)
 
     def _start(self, *command: str) -> None:
         with (self.folder / "daemons.log").open("ab") as log:
             self._daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
-
-    def _wait(self, condition: object, what: str, seconds: float = 30) -> None:
-        assert callable(condition)
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, f"{what} after {seconds} s; {self.logs()}"
-            time.sleep(0.1)
 
     def logs(self) -> str:
         return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("*.log")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,9 +57,8 @@ class Job:
     def wait_for(self, *states: str) -> None:
         self.wait(lambda: self.state() in states)
 
-    def wait(self, condition: object, seconds: float = 240) -> None:
-        assert callable(condition)
-        wait_until(condition, seconds, lambda: f"job is {self.state()}; {self.said()}; {self.slurm.logs()}")
+    def wait(self, condition: Callable[[], bool]) -> None:
+        wait_until(condition, 240, lambda: f"job is {self.state()}; {self.said()}; {self.slurm.logs()}")
 
     def assert_finished(self, undisturbed: Path) -> None:
         self.wait_for("COMPLETED", "FAILED", "CANCELLED")
