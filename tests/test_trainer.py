@@ -151,7 +151,7 @@ def test_a_run_leaves_its_files(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert set(result) == {
         *("data", "num_images", "num_clusters", "epochs", "world_size", "seed", "accuracy", "nmi", "ari"),
-        *("images_per_second", "train_seconds"),
+        *("images_per_second", "train_seconds", "skipped_steps", "collapsed_sub_heads"),
     }
     assert set(result["accuracy"]) == {"selected", "mean", "std", "best"}
     assert (result["data"], result["num_images"], result["epochs"], result["world_size"]) == (
