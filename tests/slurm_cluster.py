@@ -63,7 +63,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Slurm:
-    """Starts the daemons; `close` ends them and what they run."""
+    """The daemons and their folder: `start` them; `close` ends them and what they run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,6 +78,10 @@ class Slurm:
         cores = os.cpu_count()
         text = CONFIGURATION.format(host=host, ports=free_ports(3), folder=folder, cores=cores)
         (folder / "slurm.conf").write_text(text)
+
+    def start(self) -> None:
+        """Start the daemons and wait until both nodes are idle."""
+        folder = self.folder
         files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         self._start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files)
         wait_until((folder / "munge.socket").exists, 30, self.logs)
@@ -103,7 +107,9 @@ class Slurm:
         return next((pair.split("=", 1)[1] for pair in pairs if pair.startswith(f"{name}=")), "")
 
     def close(self) -> None:
-        self.command("scancel", "--full", *self.command("squeue", "-h", "-o", "%A").split())
+        if jobs := self.command("squeue", "-h", "-o", "%A").split():
+            self.command("scancel", *jobs)
+            wait_until(lambda: not self.command("squeue", "-h").strip(), 90, self.logs)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:

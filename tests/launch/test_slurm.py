@@ -21,6 +21,7 @@ LOST = STEPS // 3
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     cluster = Slurm(tmp_path_factory.mktemp("slurm"))
     try:
+        cluster.start()
         yield cluster
     finally:
         cluster.close()
@@ -86,7 +87,7 @@ def test_the_time_limit_itself_is_met_with_a_saved_run(slurm: Slurm, tmp_path: P
     assert (job.folder / "PREEMPTED").exists()
     assert list((job.folder / "checkpoints").glob("*.pt"))
     job.wait(lambda: job.restarts() == "1")
-    slurm.command("scancel", "--full", job.number)
+    slurm.command("scancel", job.number)
 
 
 @pytest.mark.slow
