@@ -110,7 +110,6 @@ def test_a_cancelled_job_stays_so(slurm: Slurm, tmp_path: Path) -> None:
     assert job.restarts() == "0"
 
 
-@pytest.mark.slow
 def test_a_job_that_fails_is_not_queued_again(slurm: Slurm, tmp_path: Path) -> None:
     job = Job(slurm, tmp_path, "--export=ALL,RESTARTS=0", ranks=1, trainer=["--optim.lr", "-1"])
     job.wait_for("FAILED", "COMPLETED")
