@@ -46,16 +46,16 @@ at::Tensor kernel_operand(const at::Tensor& z) {
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
 }
 
-// Calls body(Shape(), scalar_t()) with the largest shape whose rows and tiles fit the 99 KiB of any device, and whose
-// products the registers.
+// Calls body(Shape(), scalar_t()) with the shape for rows of that length: the largest that fits any device's 99 KiB
+// and the registers.
 template <int kWarpsForShortRows, typename Body>
 void with_shape(const at::Tensor& z, const Body& body) {
   const auto choose = [&]<typename scalar_t>(scalar_t zero) {
     if constexpr (!std::is_same_v<scalar_t, float>) {
-      if (row_bytes(z) <= 256) return body(NTXentShape<kWarpsForShortRows, 2, 32>(), zero);
+      if (row_bytes(z) <= 256) return body(NTXentShape<kWarpsForShortRows, 2, 32, 256>(), zero);
     }
-    if (row_bytes(z) <= 512) return body(NTXentShape<4, 2, 16>(), zero);
-    return body(NTXentShape<4, 1, 16>(), zero);
+    if (row_bytes(z) <= 512) return body(NTXentShape<4, 2, 16, 512>(), zero);
+    return body(NTXentShape<4, 1, 16, 1024>(), zero);
   };
   AT_DISPATCH_SWITCH(z.scalar_type(), "nt_xent_cuda",
                      AT_DISPATCH_CASE(at::kFloat, [&] { choose(scalar_t()); })
@@ -65,7 +65,7 @@ void with_shape(const at::Tensor& z, const Body& body) {
 template <typename scalar_t>
 NTXentProblem<scalar_t> problem_of(const at::Tensor& z, int64_t first_row, int64_t num_rows, double temperature) {
   return {z.const_data_ptr<scalar_t>(), z.size(0), first_row, num_rows, static_cast<int>(z.size(1)), 0,
-          static_cast<float>(temperature)};
+          static_cast<float>(1 / temperature)};
 }
 
 // How rows and columns are laid out over blocks: few rows leave the columns to several.
@@ -85,12 +85,12 @@ struct NTXentGrid {
 template <typename Shape, typename scalar_t, typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(NTXentProblem<scalar_t>, Parameters...), const NTXentGrid& grid, int64_t depth,
             NTXentProblem<scalar_t> problem, const Arguments&... arguments) {
-  const int shared = nt_xent_shared<Shape, scalar_t>(problem.dimensions);
+  static_assert(kNTXentShared<Shape> <= 99 * 1024);
   const dim3 blocks(static_cast<unsigned>(grid.row_blocks), static_cast<unsigned>(grid.splits),
                     static_cast<unsigned>(depth));
   problem.tiles_per_split = grid.tiles_per_split;
-  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  kernel<<<blocks, Shape::kThreads, shared, getCurrentCUDAStream()>>>(problem, arguments...);
+  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kNTXentShared<Shape>));
+  kernel<<<blocks, Shape::kThreads, kNTXentShared<Shape>, getCurrentCUDAStream()>>>(problem, arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -135,7 +135,8 @@ at::Tensor nt_xent_rows_grad_cuda(const at::Tensor& embeddings, const at::Tensor
     const int64_t num_tiles = ceil_div(z.size(0), Shape::kColumns), num_factors = num_tiles * Shape::kColumns;
     const NTXentGrid grid(num_rows, Shape::kRows, num_tiles, chunks);
     const at::Tensor factors = at::empty({num_factors}, grad.options());
-    const at::Tensor partial = grid.splits == 1 ? grad : at::empty({grid.splits, num_rows, num_features}, grad.options());
+    const at::Tensor partial =
+        grid.splits == 1 ? grad : at::empty({grid.splits, num_rows, num_features}, grad.options());
     const auto stream = getCurrentCUDAStream();
     nt_xent_factors_kernel<<<blocks_of(num_factors), 256, 0, stream>>>(
         all_lse.const_data_ptr<float>(), z.size(0), num_factors, factors.mutable_data_ptr<float>());

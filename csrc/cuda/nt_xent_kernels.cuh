@@ -17,8 +17,6 @@ constexpr float kPositiveWeight = -2 * 16384.f;
 // exp(s - lse_i) then loses below 1e-38 is below 1e-20 in exp(s - lse_j) too.
 constexpr float kNearRange = 20;
 
-constexpr float kLog2E = 1.44269504f;
-
 namespace {
 
 // A block owns rows and one split of the columns, a thread 4 of the rows of its warp (2 with one strip) and every 4th
@@ -37,7 +35,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     if (is_special<Shape>(problem, block.first_row, first_column)) {
       for_each_pair<Shape>(products, block.first_row, first_column, [&](float& product, int64_t row, int64_t column) {
         if (row < problem.end_row() && column == problem.positive(row)) {
-          positive[row - problem.first_row] = product / problem.temperature;
+          positive[row - problem.first_row] = product * problem.inverse_temperature;
         }
         if (column == row || column >= problem.num_columns) product = -INFINITY;
       });
@@ -157,9 +155,10 @@ __device__ void weigh(typename Shape::Products& products, const WeightRow (&rows
 // sums += weights z for columns [0, width) of the gradient: `tile` points to the first of them in the tile's first row.
 template <typename Shape, typename scalar_t>
 __device__ void add_weighted(float (&sums)[kNTXentChunk / 16][Shape::kStrips][2][4],
-                             const typename Shape::Products& weights, const scalar_t* tile, int stride, int width) {
+                             const typename Shape::Products& weights, const scalar_t* tile, int width) {
   constexpr bool kExact = std::is_same_v<scalar_t, float>;
   constexpr int kDepth = 32 / sizeof(scalar_t), kSteps = Shape::kColumns / kDepth;  // rows of the tile in a product
+  constexpr int kStride = kNTXentStride<Shape, scalar_t>;
   const int lane = threadIdx.x % kWarp;
   Fragment<scalar_t, 4> a[kSteps][Shape::kStrips];
 #pragma unroll
@@ -187,13 +186,15 @@ __device__ void add_weighted(float (&sums)[kNTXentChunk / 16][Shape::kStrips][2]
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       Fragment<scalar_t, 2> b[2];
-      const scalar_t* corner = tile + step * kDepth * stride + pair * 16;
+      const scalar_t* corner = tile + step * kDepth * kStride + pair * 16;
       if constexpr (kExact) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) b[i / 2].set(i % 2, corner[(lane % 4 * 2 + i % 2) * stride + i / 2 * 8 + lane / 4]);
+        for (int i = 0; i < 4; ++i) {
+          b[i / 2].set(i % 2, corner[(lane % 4 * 2 + i % 2) * kStride + i / 2 * 8 + lane / 4]);
+        }
       } else {
         uint32_t bits[4];
-        load_matrices_transposed(bits, corner + lane % 16 * stride + lane / 16 * 8);
+        load_matrices_transposed(bits, corner + lane % 16 * kStride + lane / 16 * 8);
 #pragma unroll
         for (int i = 0; i < 4; ++i) b[i / 2].set_bits(i % 2, bits[i]);
       }
@@ -236,10 +237,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
         if (column == problem.positive(row)) weight += kPositiveWeight;
       });
     }
-    add_weighted<Shape>(sums, weights, block.tile + first_feature, problem.dimensions + kRowPadding<scalar_t>,
-                        problem.dimensions - first_feature);
+    add_weighted<Shape>(sums, weights, block.tile + first_feature, problem.dimensions - first_feature);
   });
-  const float mean = 1.f / (16384.f * problem.num_columns * problem.temperature);
+  const float mean = problem.inverse_temperature / (16384.f * problem.num_columns);
 #pragma unroll
   for (int pair = 0; pair < kNTXentChunk / 16; ++pair) {
 #pragma unroll

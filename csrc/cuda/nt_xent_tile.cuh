@@ -8,28 +8,30 @@ namespace iic_dist {
 
 // A block owns kRows rows and walks over kColumns columns at a time. A warp owns kStrips strips of 16 rows, and has
 // their products with the columns of a tile in registers: as[m][n] is d of 16 rows and 8 columns (tensor_core.cuh).
-template <int kWarpCount, int kStripCount, int kColumnCount>
+// Rows of z are kRowBytes long at most.
+template <int kWarpCount, int kStripCount, int kColumnCount, int kMostBytes>
 struct NTXentShape {
   static constexpr int kWarps = kWarpCount, kThreads = kWarps * kWarp;
   static constexpr int kStrips = kStripCount, kRows = kWarps * kStrips * 16;
   static constexpr int kColumns = kColumnCount, kTiles = kColumns / 8;
+  static constexpr int kRowBytes = kMostBytes;
   using Products = float[kStrips][kTiles][4];
 };
 
 __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+constexpr float kLog2E = 1.44269504f;
 constexpr int kNTXentGranule = 16;  // D is a multiple of it for the kernels: zeros are behind what is not
 
-// Rows of shared memory are 16 bytes longer than those of z: eight of them, 16 bytes of each, meet no bank twice.
-template <typename scalar_t>
-constexpr int kRowPadding = 16 / sizeof(scalar_t);
+// From row to row in shared memory, in values. The 16 bytes more than a row let eight rows, 16 bytes of each, meet no
+// bank twice.
+template <typename Shape, typename scalar_t>
+constexpr int kNTXentStride = (Shape::kRowBytes + 16) / sizeof(scalar_t);
 
 // Shared memory of a block: its own rows, two tiles and their columns' factors; in bytes.
-template <typename Shape, typename scalar_t>
-constexpr int nt_xent_shared(int dimensions) {
-  return (Shape::kRows + 2 * Shape::kColumns) * (dimensions + kRowPadding<scalar_t>) * sizeof(scalar_t) +
-         2 * Shape::kColumns * sizeof(float);
-}
+template <typename Shape>
+constexpr int kNTXentShared =
+    (Shape::kRows + 2 * Shape::kColumns) * (Shape::kRowBytes + 16) + 2 * Shape::kColumns * sizeof(float);
 
 template <typename scalar_t>
 struct NTXentProblem {
@@ -37,15 +39,15 @@ struct NTXentProblem {
   int64_t num_columns, first_row, num_rows;
   int dimensions;
   int tiles_per_split;  // of the columns; blockIdx.y is the split
-  float temperature;
+  float inverse_temperature;
 
   __device__ int64_t end_row() const { return first_row + num_rows; }
   __device__ int64_t positive(int64_t row) const {
     const int64_t other = row + num_rows / 2;
     return other < end_row() ? other : other - num_rows;
   }
-  // exp(x) = 2^(x * this) with x = product / temperature
-  __device__ float scale() const { return 1.44269504f / temperature; }
+  // exp(product / temperature) = 2^(product * scale)
+  __device__ float scale() const { return kLog2E * inverse_temperature; }
 };
 
 // 16-bit operands of a product, in pairs.
@@ -57,7 +59,8 @@ struct Pairs {
 };
 
 template <typename scalar_t, int kRegisters>
-using Fragment = std::conditional_t<std::is_same_v<scalar_t, float>, Operand<kRegisters, true>, Pairs<scalar_t, kRegisters>>;
+using Fragment =
+    std::conditional_t<std::is_same_v<scalar_t, float>, Operand<kRegisters, true>, Pairs<scalar_t, kRegisters>>;
 
 // D[n] += A B[n].
 template <typename scalar_t, int kTiles>
@@ -82,12 +85,14 @@ __device__ void add_products(float (&d)[kTiles][4], const Operand<4, true>& a, c
 // Starts to copy rows [first, first + count) of z to shared memory; rows past the last one are copies of it.
 template <typename Shape, typename scalar_t>
 __device__ void start_rows(scalar_t* shared, const NTXentProblem<scalar_t>& problem, int64_t first, int count) {
-  constexpr int kChunk = 16 / sizeof(scalar_t);
-  const int stride = problem.dimensions + kRowPadding<scalar_t>;
-  for (int row = threadIdx.x / kWarp; row < count; row += Shape::kWarps) {
-    const int64_t i = smaller(first + row, problem.num_columns - 1);
-    for (int k = threadIdx.x % kWarp * kChunk; k < problem.dimensions; k += kWarp * kChunk) {
-      start_copy(shared + row * stride + k, problem.z + i * problem.dimensions + k);
+  constexpr int kPiece = 16 / sizeof(scalar_t), kPieces = Shape::kRowBytes / 16;  // what a copy takes, and of a row
+  constexpr int kLanes = kPieces < kWarp ? kPieces : kWarp;
+  for (int row = threadIdx.x / kLanes; row < count; row += Shape::kThreads / kLanes) {
+    const scalar_t* source = problem.z + smaller(first + row, problem.num_columns - 1) * problem.dimensions;
+#pragma unroll
+    for (int piece = 0; piece < kPieces; piece += kLanes) {
+      const int k = (piece + threadIdx.x % kLanes) * kPiece;
+      if (k < problem.dimensions) start_copy(shared + row * kNTXentStride<Shape, scalar_t> + k, source + k);
     }
   }
 }
@@ -97,23 +102,24 @@ template <typename Shape, typename scalar_t>
 __device__ void multiply_tile(typename Shape::Products& products, const scalar_t* own, const scalar_t* tile,
                               int dimensions) {
   constexpr int kHalf = 16 / sizeof(scalar_t);  // values in 16 bytes; a step takes two of these from each row
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, stride = dimensions + kRowPadding<scalar_t>;
-  const scalar_t* row_a = own + (warp * Shape::kStrips * 16 + lane % 16) * stride + lane / 16 * kHalf;
-  const scalar_t* row_b = tile + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * kHalf;
+  constexpr int kStride = kNTXentStride<Shape, scalar_t>;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const scalar_t* row_a = own + (warp * Shape::kStrips * 16 + lane % 16) * kStride + lane / 16 * kHalf;
+  const scalar_t* row_b = tile + (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * kHalf;
 #pragma unroll 2
   for (int k = 0; k < dimensions; k += 2 * kHalf) {
     uint32_t bits[4];
     Fragment<scalar_t, 2> b[Shape::kTiles];
 #pragma unroll
     for (int n = 0; n < Shape::kTiles; n += 2) {
-      load_matrices(bits, row_b + n * 8 * stride + k);
+      load_matrices(bits, row_b + n * 8 * kStride + k);
 #pragma unroll
       for (int i = 0; i < 4; ++i) b[n + i / 2].set_bits(i % 2, bits[i]);
     }
 #pragma unroll
     for (int m = 0; m < Shape::kStrips; ++m) {
       Fragment<scalar_t, 4> a;
-      load_matrices(bits, row_a + m * 16 * stride + k);
+      load_matrices(bits, row_a + m * 16 * kStride + k);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a.set_bits(i, bits[i]);
       add_products(products[m], a, b);
@@ -156,14 +162,13 @@ class NTXentBlock {
  public:
   const NTXentProblem<scalar_t>& problem;
   const int64_t first_row;  // of the block, as a row of z
-  const scalar_t* tile = nullptr;  // the one at hand, (kColumns, dimensions + kRowPadding)
+  const scalar_t* tile = nullptr;  // the one at hand, kNTXentStride from row to row
   const float* factors = nullptr;  // one a column of it, where the walk has any
 
   __device__ NTXentBlock(const NTXentProblem<scalar_t>& which, scalar_t* memory)
       : problem(which),
         first_row(which.first_row + static_cast<int64_t>(blockIdx.x) * Shape::kRows),
-        own_(memory),
-        tile_size_(Shape::kColumns * (which.dimensions + kRowPadding<scalar_t>)) {}
+        own_(memory) {}
 
   // One call of `work(products, first_column)` for each tile. all_factors: a value for each column up to the last
   // tile's end, at a multiple of 16 bytes; or null.
@@ -187,20 +192,23 @@ class NTXentBlock {
   }
 
  private:
+  static constexpr int kStride = kNTXentStride<Shape, scalar_t>;
   scalar_t* const own_;
-  const int tile_size_;
 
   __device__ scalar_t* tiles(int64_t index) const {
-    return own_ + Shape::kRows / Shape::kColumns * tile_size_ + index % 2 * tile_size_;
+    return own_ + (Shape::kRows + index % 2 * Shape::kColumns) * kStride;
   }
   __device__ float* factors_of(int64_t index) const {
-    return reinterpret_cast<float*>(tiles(0) + 2 * tile_size_) + index % 2 * Shape::kColumns;
+    return reinterpret_cast<float*>(own_ + (Shape::kRows + 2 * Shape::kColumns) * kStride) +
+           index % 2 * Shape::kColumns;
   }
   __device__ void start(int64_t index, const float* all_factors) const {
     const int64_t column = index * Shape::kColumns;
     start_rows<Shape>(tiles(index), problem, column, Shape::kColumns);
-    const int mine = threadIdx.x * 4;
-    if (all_factors != nullptr && mine < Shape::kColumns) start_copy(factors_of(index) + mine, all_factors + column + mine);
+    const int mine = threadIdx.x * 4;  // 16 bytes a thread
+    if (all_factors != nullptr && mine < Shape::kColumns) {
+      start_copy(factors_of(index) + mine, all_factors + column + mine);
+    }
   }
 };
 

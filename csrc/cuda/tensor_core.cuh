@@ -55,8 +55,8 @@ __device__ void multiply_add(float (&d)[kTiles][4], const Operand<4, kExact>& a,
   for (int n = 0; n < kTiles; ++n) mma_16x8x8(d[n], a.high, b[n].high);
 }
 
-// D += A B of a warp, 16 bits an operand: each register holds the pair of values (.., 2t) and (.., 2t + 1), the first in
-// the lower half (PTX ISA, mma.m16n8k16). D as above.
+// D += A B of a warp, 16 bits a value (PTX ISA, mma.m16n8k16): each register holds the two values of which it names the
+// first, that one in its lower half. D as above.
 //   A (16 x 16): a0 = (g, 2t), a1 = (g + 8, 2t), a2 = (g, 2t + 8), a3 = (g + 8, 2t + 8)
 //   B (16 x 8):  b0 = (2t, g), b1 = (2t + 8, g)
 template <typename scalar_t>
