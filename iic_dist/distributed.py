@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -166,6 +166,18 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | N
     if min(sizes) == longest:
         return gathered
     return torch.cat([shard[:n] for shard, n in zip(gathered.split(longest), sizes, strict=True)])
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's `value`, in rank order.
+
+    Collective: all ranks must call, each with something small that pickles. Sync: waits on the host.
+    """
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def broadcast(value: T) -> T:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 
-from iic_dist import distributed, metrics, report
+from iic_dist import distributed, folder_settings, metrics, report
 from iic_dist.build import load_data, run_folder
 from iic_dist.command_line import parse
 from iic_dist.config import Config
@@ -133,7 +134,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     place = Place.from_environment()
     try:
-        train(parse(), place)
+        train(parse(choose=partial(folder_settings.choose, say=partial(say, place))), place)
     except UsageError as error:
         if place.local_rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

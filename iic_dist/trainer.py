@@ -49,7 +49,7 @@ class Trainer:
         self.config = complete(config, data.train)
         self.data, self.place, self.device = data, place, device
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
-        self.views = build_views(self.config, data.train)
+        self.views = build_views(self.config)
         train, optim = config.train, config.optim
         self.model = on_device(
             build_model(self.config, self.views.channels(data.train.images.shape[1]), self.views.size),
