@@ -145,7 +145,7 @@ class Clusterer:
         if isinstance(images, ImageSet):
             images = images.images
         if isinstance(images, np.ndarray):
-            images = torch.from_numpy(images)
+            images = torch.from_numpy(images if images.flags.writeable else images.copy())
         if isinstance(images, Tensor):
             if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
                 raise UsageError(
@@ -154,7 +154,7 @@ class Clusterer:
             for batch in images.split(self.batch_size):
                 yield to_channels(self._sized(batch.cpu()), self.channels)
             return
-        pictures = [images] if isinstance(images, Picture) else list(images)
+        pictures = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
         for start in range(0, len(pictures), self.batch_size):
             yield torch.stack([self._picture(picture) for picture in pictures[start : start + self.batch_size]])
 

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from iic_dist.config import Config
-from iic_dist.data.folder import FORMATS, MAX_PIXELS, decode_image, list_images
+from iic_dist.data.folder import MAX_PIXELS, decode_image, header_size, list_images
 
 _HEADERS = 256  # files whose size is read
 _PIXELS = 32  # files that are decoded to see whether they have colours
@@ -138,14 +136,11 @@ def _spread(paths: list[str], count: int) -> list[str]:
 
 def _shorter_side(path: Path) -> int | None:
     """Read an image's shorter side from its header; None where it cannot be read or is too large to be decoded."""
-    Image.init()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-                return min(image.size) if image.width * image.height <= MAX_PIXELS else None
-        except Exception:  # a malformed file can raise nearly anything; loading names it
-            return None
+    try:
+        width, height = header_size(path)
+    except Exception:  # a malformed file can raise nearly anything; loading names it
+        return None
+    return min(width, height) if width * height <= MAX_PIXELS else None
 
 
 def _has_colour(path: Path) -> bool:

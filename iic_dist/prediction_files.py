@@ -80,11 +80,12 @@ def write_table(path: Path, table: Iterable[Row]) -> None:
 
 def _write_csv(path: Path, table: Iterable[Row]) -> None:
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row.__annotations__)
-        writer.writerows(
-            (row.path, row.cluster, f"{row.confidence:.6f}", f"{row.agreement:.6f}") for row in table
-        )
+        plain = csv.writer(file, lineterminator="\n")
+        quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        plain.writerow(Row.__annotations__)
+        for row in table:
+            writer = quoted if "\r" in row.path else plain  # before Python 3.13 a lone \r got no quotes
+            writer.writerow((row.path, row.cluster, f"{row.confidence:.6f}", f"{row.agreement:.6f}"))
 
 
 def _write_jsonl(path: Path, table: Iterable[Row]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,8 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from iic_dist import distributed
 from iic_dist.build import load_data
+from iic_dist.clusterer import load
 from iic_dist.command_line import parse
 from iic_dist.distributed import Place
+from iic_dist.folder_prediction import FolderPrediction, predict_folder
 from iic_dist.losses import iic_loss, nt_xent_loss
 from iic_dist.trainer import Trainer
 
@@ -84,3 +88,8 @@ def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[
         "accuracy": figures["accuracy"],
         "nmi": figures["nmi"],
     }
+
+
+def predicted(rank: int, group: dist.ProcessGroup | None, run: Path, images: Path) -> FolderPrediction:
+    """Cluster a folder on all ranks of the default group."""
+    return predict_folder(load(run, "cpu"), images)

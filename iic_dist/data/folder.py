@@ -206,6 +206,19 @@ def decode_image(path: Path, image_size: int, max_pixels: int = MAX_PIXELS) -> T
         return square(image, image_size)
 
 
+def header_size(path: Path) -> tuple[int, int]:
+    """Read width and height of an image file in pixels, without decoding it, before it is turned as its EXIF says.
+
+    Raises:
+        Exception: the header is malformed.
+    """
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            return image.size
+
+
 def square(image: Image.Image, image_size: int) -> Tensor:
     """Resize the central square of a picture: (3, S, S) uint8 RGB. See `decode_image`; the EXIF is not looked at."""
     # Square first: a strip of 20000 x 1 resized by its shorter side would be 20000 squares long.
