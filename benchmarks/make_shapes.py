@@ -20,9 +20,7 @@ Point = tuple[float, float]
 
 def _star(points: int, inner: float) -> list[Point]:
     radii = [1.0, inner] * points
-    return [
-        (r * math.cos(math.pi * i / points), r * math.sin(math.pi * i / points)) for i, r in enumerate(radii)
-    ]
+    return [(r * math.cos(math.pi * i / points), r * math.sin(math.pi * i / points)) for i, r in enumerate(radii)]
 
 
 SHAPES: dict[str, list[Point]] = {

@@ -62,7 +62,9 @@ def survey(root: Path) -> Survey | None:
     return Survey(len(paths), len(sides), int(statistics.median(sides)), colour)
 
 
-def settings(found: Survey, image_size: int | None, channels: int | None, num_clusters: int | None) -> dict[str, Choice]:
+def settings(
+    found: Survey, image_size: int | None, channels: int | None, num_clusters: int | None
+) -> dict[str, Choice]:
     """Choose settings, "group.field" by name.
 
     Args:
@@ -90,7 +92,9 @@ def settings(found: Survey, image_size: int | None, channels: int | None, num_cl
         "data.image_size": Choice(size, f"the median shorter side, from 8 to {_LARGEST_SIDE}"),
         "data.batch_size": Choice(batch, "256, or less so that an epoch has eight steps, but not below 16"),
         "views.policy": policy,
-        "model.backbone": Choice(backbone, f"{kind} and {'up to' if size <= _SMALL_SIDE else 'above'} {_SMALL_SIDE} px"),
+        "model.backbone": Choice(
+            backbone, f"{kind} and {'up to' if size <= _SMALL_SIDE else 'above'} {_SMALL_SIDE} px"
+        ),
         "model.num_overclusters": Choice(3 * (num_clusters or 10), "three times the clusters"),
         "model.projection_dim": Choice(128, "a contrastive head beside the clustering heads"),
         "loss.entropy_weight": Choice(2.0, "pushes towards clusters of equal size"),

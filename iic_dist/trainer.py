@@ -252,7 +252,7 @@ class Trainer:
                 bar.write(f"epoch {self.epoch}: accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
         every = self.config.monitor.pictures_every
         if self.epoch == self.config.train.epochs or (every and self.epoch % every == 0):
-            self.evaluator.show(monitor, self.step, evaluation)
+            self.evaluator.show(monitor, self.step, evaluation, self.model)
         return result
 
     def save(self, folder: Path) -> None:

@@ -64,7 +64,9 @@ def test_safetensors_hold_the_weights_and_the_config(
 ) -> None:
     safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed")
     path = tmp_path / "m.safetensors"
-    monkeypatch.setattr(sys, "argv", ["export", "--run", str(gray_run), "--format", "safetensors", "--output", str(path)])
+    monkeypatch.setattr(
+        sys, "argv", ["export", "--run", str(gray_run), "--format", "safetensors", "--output", str(path)]
+    )
     export.main()
     assert "1 x 8 x 8 uint8; 3 clusters" in capsys.readouterr().out
     trained = load(gray_run, "cpu")
