@@ -91,7 +91,7 @@ def complete(config: Config, train: ImageSet) -> Config:
     ):
         if asked not in (None, there):
             raise UsageError(f"data.{name}={asked}: the images of {train.name!r} have their own, {there}: leave it out")
-    config.data.image_size, config.data.channels = image_size, channels
+    config.data.image_size, config.data.channels = image_size, 1 if channels == 1 else 3
     views = build_views(config)
     config.views.size = views.size
     if config.views.mean is None and config.views.std is None and views.channels(channels) == channels:
@@ -105,7 +105,8 @@ def complete(config: Config, train: ImageSet) -> Config:
 def build_views(config: Config) -> Views:
     """Make the view policy of a config that knows the size and the channels of its images."""
     data, views = config.data, config.views
-    assert data.image_size is not None and data.channels is not None, "complete() comes first"
+    assert data.image_size is not None, "complete() comes first"
+    assert data.channels is not None, "complete() comes first"
     return policy(
         views.policy,
         image_size=data.image_size,

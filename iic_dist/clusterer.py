@@ -54,11 +54,14 @@ class Prediction:
         """Return which share of the other sub-heads agrees, (M,) float32; see `iic_dist.metrics.agreement`."""
         return metrics.agreement(self.sub_heads, self.selected, self.probabilities.shape[1])
 
+    def columns(self) -> dict[str, Tensor]:
+        """Return what has a row for each image, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "selected"}
+
     @staticmethod
     def join(parts: Sequence[Prediction]) -> Prediction:
         """Put predictions of one run behind each other."""
-        columns = [field.name for field in fields(Prediction) if field.name != "selected"]
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in columns}
+        joined = {name: torch.cat([part.columns()[name] for part in parts]) for name in parts[0].columns()}
         return Prediction(**joined, selected=parts[0].selected)
 
 
@@ -82,9 +85,12 @@ class Clusterer:
 
     def __init__(self, config: Config, state: dict[str, Any], device: torch.device) -> None:
         data, model = config.data, config.model
-        assert data.image_size and data.channels and model.num_clusters, "the config is complete"
+        assert data.image_size is not None, "the config is complete"
+        assert data.channels is not None, "the config is complete"
+        assert model.num_clusters is not None, "the config is complete"
         self.config, self.device = config, device
-        self.image_size, self.channels, self.num_clusters = data.image_size, int(data.channels), model.num_clusters
+        self.image_size, self.channels = data.image_size, int(data.channels)
+        self.num_clusters = model.num_clusters
         self.selected = int(state["sub_head_loss"]["clustering"].argmin())
         self.batch_size = config.train.evaluate_batch_size
         self.views = build_views(config)

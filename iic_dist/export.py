@@ -34,6 +34,8 @@ class EvaluationView(nn.Module):
 
     rows: Tensor
     gray: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, spec: ViewSpec, image_size: int) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -79,8 +79,8 @@ def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> 
 def _gathered(own: Prediction) -> Prediction:
     """Join the predictions of all ranks, in rank order."""
     sizes = distributed.gather_sizes(len(own))
-    columns = [field.name for field in fields(Prediction) if field.name != "selected"]
-    return replace(own, **{name: distributed.gather_rows(getattr(own, name), sizes) for name in columns})
+    gathered = {name: distributed.gather_rows(column, sizes) for name, column in own.columns().items()}
+    return Prediction(**gathered, selected=own.selected)
 
 
 def _decoded(

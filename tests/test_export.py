@@ -72,7 +72,7 @@ def test_safetensors_hold_the_weights_and_the_config(
     trained = load(gray_run, "cpu")
     with safetensors.safe_open(path, "pt") as file:
         about = file.metadata()
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no dict
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     expected = trained.model.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], value) for name, value in expected.items())

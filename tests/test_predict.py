@@ -90,10 +90,10 @@ def test_the_command_writes_the_same_bytes_under_torchrun(gray_run: Path, gray_i
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launcher, option in (("one", [], "--run"), ("two", torchrun, "--folder")):
         (tmp_path / name).mkdir()
-        files = [*("--output", "c.csv", "--embeddings", "e.npy", "--gallery", "g.html")]
+        files = ["--output", "c.csv", "--embeddings", "e.npy", "--gallery", "g.html"]
+        command = ["-m", "iic_dist.predict", option, str(gray_run), "--images", str(gray_images), *files]
         subprocess.run(
-            [sys.executable, *launcher, "-m", "iic_dist.predict", option, str(gray_run), "--images", str(gray_images)]
-            + files,
+            [sys.executable, *launcher, *command],
             cwd=tmp_path / name,
             check=True,
             timeout=300,
