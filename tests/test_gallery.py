@@ -194,7 +194,7 @@ def test_a_browser_shows_it(width: int, gray_images: Path, tmp_path: Path) -> No
     assert probe["loaded"] == probe["images"] == 72
     assert probe["width"] == width
     assert probe["scroll"] <= width  # nothing sticks out at the side
-    assert probe["rows"] == (1 if width == 1200 else 3)
+    assert probe["rows"] == (1 if width == 1200 else 2)
     assert probe["ink"] != probe["page"]
     picture = tmp_path / "page.png"
     browse(page, f"--screenshot={picture}", f"--window-size={max(width, 500)},900")
