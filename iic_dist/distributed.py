@@ -184,6 +184,18 @@ def start_gather_rows(
     return finish
 
 
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's `value`, in rank order.
+
+    Collective: all ranks must call, each with something small that pickles. Sync: waits on the host.
+    """
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def broadcast(value: T) -> T:
     """Return rank 0's `value` on every rank.
 
@@ -194,18 +206,6 @@ def broadcast(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
-
-
-def gather_objects(value: T) -> list[T]:
-    """Return every rank's `value`, in rank order.
-
-    Collective: all ranks must call. Sync: waits on the host.
-    """
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def barrier() -> None:

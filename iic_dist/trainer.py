@@ -56,7 +56,7 @@ class Trainer:
         self.config = complete(config, data.train)
         self.data, self.place, self.device = data, place, device
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
-        self.views = build_views(self.config, data.train)
+        self.views = build_views(self.config)
         train, optim = config.train, config.optim
         self.model = on_device(
             build_model(self.config, self.views.channels(data.train.images.shape[1]), self.views.size),
@@ -320,7 +320,7 @@ class Trainer:
                 bar.write(f"epoch {epochs}: accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
         every = self.config.monitor.pictures_every
         if epochs == self.config.train.epochs or (every and epochs % every == 0):
-            self.evaluator.show(monitor, self.step, evaluation)
+            self.evaluator.show(monitor, self.step, evaluation, self.model)
         return result
 
     def resume(self, folder: Path, *, best: bool = False) -> bool:

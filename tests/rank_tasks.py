@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iic_dist import distributed, restart
 from iic_dist.build import load_data
+from iic_dist.clusterer import load
 from iic_dist.command_line import parse
 from iic_dist.distributed import Place
+from iic_dist.folder_prediction import FolderPrediction, predict_folder
 from iic_dist.losses import iic_loss, nt_xent_loss, start_nt_xent_loss
 from iic_dist.trainer import Trainer
 
@@ -203,3 +205,8 @@ def bad_step(rank: int, group: dist.ProcessGroup, arguments: list[str], place: s
         "finite": all(bool(value.isfinite().all()) for value in state()),
         "moved_afterwards": not all(map(torch.equal, after, state())),
     }
+
+
+def predicted(rank: int, group: dist.ProcessGroup | None, run: Path, images: Path) -> FolderPrediction:
+    """Cluster a folder on all ranks of the default group."""
+    return predict_folder(load(run, "cpu"), images)
