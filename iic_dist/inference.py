@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iic_dist import distributed
 from iic_dist.augment import Views
-from iic_dist.data import DeviceImages
+from iic_dist.data import ImageSource
 from iic_dist.models import ClusterNet
 
 
@@ -44,7 +44,7 @@ class Assignments:
 def assign(
     model: ClusterNet,
     views: Views,
-    images: DeviceImages,
+    images: ImageSource,
     *,
     batch_size: int = 1000,
     dtype: torch.dtype = torch.float32,
@@ -54,7 +54,7 @@ def assign(
     Args:
         model: Not wrapped in DDP; its mode is restored.
         views: `views.evaluation` makes the input.
-        images: All M images, on every rank.
+        images: All M images, for every rank.
         batch_size: Images of one forward pass.
         dtype: Of the network's input.
     """
@@ -64,9 +64,12 @@ def assign(
     was_training = model.training
     model.eval()
     confidence, clusters = [], []
-    for indices in own.split(batch_size):
-        resident, rows, _ = images.gather(indices)
-        logits = model(views.evaluation(resident, rows, dtype=dtype), ["clustering"])["clustering"]
+    batches = own.split(batch_size)
+    for number, indices in enumerate(batches):
+        pixels, rows, _ = images.gather(indices)
+        if number + 1 < len(batches):
+            images.prefetch(batches[number + 1])
+        logits = model(views.evaluation(pixels, rows, dtype=dtype), ["clustering"])["clustering"]
         best = torch.softmax(logits.float(), -1).max(-1)
         confidence.append(best.values)
         clusters.append(best.indices)
