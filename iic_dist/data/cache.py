@@ -198,6 +198,7 @@ def read_or_build(
     """
     if path is None:
         return _build_nameless(source, fill)
+    before = _status(path)
     if found := _read_if_usable(path, source, verify, progress):
         return found
     part = path.with_name(f"{path.name}.part")
@@ -211,8 +212,8 @@ def read_or_build(
             return _build_nameless(source, fill)
         stack.enter_context(_disk_errors(path.parent))
         try:
-            found = _read_if_usable(path, source, verify, progress)  # another process may have made it since
-            if found is not None:
+            made_since = not _same_file(before, _status(path))
+            if made_since and (found := _read_if_usable(path, source, verify, progress)):
                 part.unlink()
                 return found
             fill(file)
@@ -269,7 +270,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
             except BlockingIOError:
                 _log.info("waiting for another process, which decodes images into %s", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_named(file, path):
+            if not _same_file(os.fstat(file.fileno()), _status(path)):
                 continue  # its process has finished it, or given up
             try:
                 yield file
@@ -278,11 +279,17 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
             return
 
 
-def _is_named(file: BinaryIO, path: Path) -> bool:
+def _status(path: Path) -> os.stat_result | None:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        return path.stat()
+    except OSError:  # there is none
+        return None
+
+
+def _same_file(one: os.stat_result | None, other: os.stat_result | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return os.path.samestat(one, other)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -163,13 +163,17 @@ def decoded_files(
     except RuntimeError as error:  # by a signal handler of torch, wherever the main process is at that moment
         if "DataLoader worker (pid" not in str(error):
             raise
-        signal_name = re.search(r"killed by signal: ([\w ]+\w)", str(error))
-        suspects = ", ".join(repr(printable(paths[number])) for number in chunks.at_work if number >= 0)
-        raise UsageError(
-            f"a process that decodes the images of {str(root)!r} ended ({signal_name[1] if signal_name else 'unknown'}), "
-            f"at {suspects or 'no file'}: move a file that crashes the decoder away, or, if memory ran short, use fewer "
-            "--data.workers"
-        ) from error
+        at_work = [paths[number] for number in chunks.at_work if number >= 0]
+        raise _worker_ended(f"{error} {error.__cause__}", root, at_work) from error
+
+
+def _worker_ended(message: str, root: Path, at_work: list[str]) -> UsageError:
+    cause = re.search(r"killed by signal: ([\w ]+\w)", message)
+    files = ", ".join(repr(printable(path)) for path in at_work) or "none of its files"
+    return UsageError(
+        f"a process that decodes the images of {str(root)!r} ended ({cause[1] if cause else 'cause unknown'}); at work "
+        f"were {files}: move away what crashes the decoder or, if memory ran short, use fewer --data.workers"
+    )
 
 
 def _counted(chunks: Iterable[Decoded], bar: tqdm[Any]) -> Iterator[Decoded]:
