@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from ranks import Ranks
 
+from iic_dist import distributed
 from iic_dist.build import load_data
 from iic_dist.command_line import parse
 from iic_dist.data import HostImages
 from iic_dist.distributed import Place
+from iic_dist.errors import UsageError
 from iic_dist.trainer import Trainer
 
 QUIET = ["--monitor.progress", "false", "--train.evaluate_every", "0", "--train.epochs", "2", "--model.sub_heads", "2"]
@@ -101,6 +103,13 @@ def test_the_next_batch_of_a_pass_is_asked_for_while_this_one_trains(pictures: P
     for batch in batches[1:]:
         expected += [("prefetch", batch), ("gather", batch)]
     assert calls == expected
+
+
+def test_ranks_that_see_other_images_end_with_one_line(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse(folder_options(pictures))
+    monkeypatch.setattr(distributed, "gather_values", lambda value: [value, value, value + 1])
+    with pytest.raises(UsageError, match=r"pictures holds other images for rank 2 than for rank 0"):
+        load_data(config, Place())
 
 
 def test_four_ranks_at_every_level(ranks: Ranks, pictures: Path) -> None:
