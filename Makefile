@@ -46,6 +46,8 @@ test-all: $(STAMP)
 bench: $(STAMP)
 	$(PY) benchmarks/bench_iic.py
 	$(PY) benchmarks/bench_nt_xent.py
+	$(PY) benchmarks/bench_loader.py
+	$(PY) benchmarks/bench_train_step.py
 	$(PY) benchmarks/bench_scaling.py --device cpu
 
 gpu:

@@ -38,11 +38,15 @@ class RunData:
 
 
 def load_data(config: Config, place: Place) -> RunData:
-    """Load what `config.data` names; local rank 0 goes first, because it may have to download.
+    """Load what `config.data` names; local rank 0 goes first, because it may have to download or decode.
+
+    Raises:
+        UsageError: an image set cannot be loaded, or a folder's images are not the same on all ranks.
 
     Collective: all ranks must call.
     """
     data = config.data
+    first = place.local_rank == 0
     unreadable: list[tuple[str, str]] = []
 
     def load(split: str) -> ImageSet:
@@ -52,19 +56,25 @@ def load_data(config: Config, place: Place) -> RunData:
             split,
             image_size=data.image_size if data.name.startswith("folder:") else None,
             folder_labels=data.folder_labels,
-            download=data.download and place.local_rank == 0,
+            cache=Path(data.cache or f"{data.root}/decoded"),
+            workers=data.workers,
+            verify=first,
+            download=data.download and first,
             progress=config.monitor.progress and place.is_main,
             unreadable=unreadable,
         )
         return loaded if data.channels is None else loaded.with_channels(data.channels)
 
-    if place.local_rank != 0:
-        distributed.barrier()
-    train = load(data.train_on)
-    evaluation = train if data.evaluate_on == data.train_on else load(data.evaluate_on)
-    unlabelled = load("unlabelled") if data.unlabelled else None
-    if place.local_rank == 0:
-        distributed.barrier()
+    with distributed.local_main_first(place):
+        train = load(data.train_on)
+        evaluation = train if data.evaluate_on == data.train_on else load(data.evaluate_on)
+        unlabelled = load("unlabelled") if data.unlabelled else None
+    checksums = distributed.gather_values(train.checksum)
+    if len(set(checksums)) > 1:
+        other = next(rank for rank, checksum in enumerate(checksums) if checksum != checksums[0])
+        raise UsageError(
+            f"{train.name} holds other images for rank {other} than for rank 0: give all machines the same"
+        )
     return RunData(train, evaluation, unlabelled, unreadable)
 
 

@@ -18,7 +18,7 @@ from iic_dist.build import build_model, build_views
 from iic_dist.command_line import parse
 from iic_dist.config import Config
 from iic_dist.data import ImageSet
-from iic_dist.data.folder import decode_image, square
+from iic_dist.data.decode import decode_image, square
 from iic_dist.data.image_set import to_channels
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
@@ -91,7 +91,7 @@ class Clusterer:
         self.config, self.device = config, device
         self.image_size, self.channels = data.image_size, int(data.channels)
         self.num_clusters = model.num_clusters
-        self.selected = int(state["sub_head_loss"]["clustering"].argmin())
+        self.selected = int(state["sub_heads"]["losses"]["clustering"].argmin())
         self.batch_size = config.train.evaluate_batch_size
         self.views = build_views(config)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32

@@ -115,6 +115,7 @@ def check(config: Config) -> None:
         "monitor": ("log_every",),
     }
     not_negative = {
+        "data": ("device_budget_gib",),
         "model": ("num_overclusters", "projection_dim"),
         "loss": ("clustering", "overclustering", "contrastive"),
         "optim": ("warmup_epochs", "weight_decay", "clip_norm", "momentum"),
@@ -127,6 +128,8 @@ def check(config: Config) -> None:
                 value = getattr(getattr(config, group), name)
                 above = value > 0 if lowest == 0 else value >= 0
                 _require(math.isfinite(value) and above, f"{group}.{name}", value, rule)
+    workers = config.data.workers
+    _require(workers is None or workers >= 0, "data.workers", workers, "0 or more")
     _require(0 <= config.run.seed < 2**63, "run.seed", config.run.seed, "from 0 to 2^63 - 1")
     _check_heads(config)
 

@@ -50,6 +50,12 @@ class DataConfig:
             shorter side, from 8 to 96.
         channels: 1 makes all images gray, 3 makes them RGB. Default: 1 if no image has a colour, else 3.
         folder_labels: folder:DIR only: the sub-folders are classes, used for evaluation.
+        cache: folder:DIR only: folder where the decoded images are kept for the next run; it may be deleted at any
+            time. Default: `decoded` under `root`.
+        workers: folder:DIR only: processes that decode; 0 = the run's own. Default: one a core, at most 16.
+        device_budget_gib: Images up to this size (decoded, in GiB; training and evaluation images each) stay in the
+            memory of the device. Larger sets stay on the host, and each batch is copied while the step before it
+            runs; the training is the same bit for bit.
     """
 
     name: str = "digits"
@@ -62,6 +68,9 @@ class DataConfig:
     image_size: int | None = None
     channels: Literal[1, 3] | None = None
     folder_labels: bool = False
+    cache: str | None = None
+    workers: int | None = None
+    device_budget_gib: float = 4.0
 
 
 @dataclass

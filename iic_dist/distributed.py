@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -212,3 +213,32 @@ def barrier() -> None:
     """Wait until all ranks are here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def gather_values(value: T) -> list[T]:
+    """Return every rank's `value`, in rank order.
+
+    Collective: all ranks must call. Sync: waits on the host.
+    """
+    values: list[Any] = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def local_main_first(place: Place) -> Iterator[None]:
+    """Let local rank 0 of each machine do its work before the others do theirs, however long it takes.
+
+    Collective: all ranks must call. If local rank 0 fails, torchrun ends the others, which wait for a day.
+    """
+    if world_size() == 1:
+        yield
+        return
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    assert isinstance(patient, dist.ProcessGroup), "every rank is a member"
+    if place.local_rank != 0:
+        dist.barrier(patient)
+    yield
+    if place.local_rank == 0:
+        dist.barrier(patient)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iic_dist import distributed, inference, metrics, report
 from iic_dist.augment import Views
-from iic_dist.data import DeviceImages, ImageSet
+from iic_dist.data import ImageSet, ImageSource
 from iic_dist.models import ClusterNet
 from iic_dist.monitor import Monitor
 
@@ -36,7 +36,7 @@ class Evaluator:
 
     Args:
         evaluated: The images and, if they have any, their classes.
-        images: The same images on the device.
+        images: The same images, as batches on the device.
         views: `views.evaluation` makes the input.
         num_clusters: K.
         batch_size: Images of one forward pass of a rank.
@@ -46,7 +46,7 @@ class Evaluator:
     def __init__(
         self,
         evaluated: ImageSet,
-        images: DeviceImages,
+        images: ImageSource,
         views: Views,
         num_clusters: int,
         *,

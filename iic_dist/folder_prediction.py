@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from iic_dist import distributed
 from iic_dist.clusterer import Clusterer, Prediction
-from iic_dist.data.folder import list_images, reason_for
+from iic_dist.data.decode import reason_for
+from iic_dist.data.listing import list_images
 from iic_dist.errors import UsageError
 
 
@@ -54,7 +55,8 @@ def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> 
     """
     if not root.is_dir():
         raise UsageError(f"the image folder {str(root)!r} {'is not a folder' if root.exists() else 'does not exist'}")
-    paths, unreadable = distributed.broadcast(list_images(root, follow_links=False))
+    listing = distributed.broadcast(list_images(root, follow_links=False))
+    paths, unreadable = listing.paths, listing.refused
     starts = range(0, len(paths), clusterer.batch_size)
     world_size, rank = distributed.world_size(), distributed.rank()
     own = starts[len(starts) * rank // world_size : len(starts) * (rank + 1) // world_size]

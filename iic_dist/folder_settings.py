@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from iic_dist.config import Config
-from iic_dist.data.folder import MAX_PIXELS, decode_image, header_size, list_images
+from iic_dist.data.decode import MAX_PIXELS, decode_image, header_size
+from iic_dist.data.listing import list_images
 
 _HEADERS = 256  # files whose size is read
 _PIXELS = 32  # files that are decoded to see whether they have colours
@@ -54,7 +55,7 @@ def survey(root: Path) -> Survey | None:
     """
     if not root.is_dir():
         return None
-    paths, _ = list_images(root, follow_links=False)
+    paths = list_images(root, follow_links=False).paths
     sides = [side for path in _spread(paths, _HEADERS) if (side := _shorter_side(root / path))]
     if not sides:
         return None

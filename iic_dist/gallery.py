@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from iic_dist.clusterer import Prediction
-from iic_dist.data.folder import decode_image, header_size
+from iic_dist.data.decode import decode_image, header_size
 from iic_dist.folder_prediction import FolderPrediction
 
 THUMBNAIL = 96

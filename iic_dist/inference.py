@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iic_dist import distributed
 from iic_dist.augment import Views
-from iic_dist.data import DeviceImages
+from iic_dist.data import ImageSource
 from iic_dist.models import ClusterNet
 
 
@@ -66,7 +66,7 @@ def embed(
 def assign(
     model: ClusterNet,
     views: Views,
-    images: DeviceImages,
+    images: ImageSource,
     *,
     batch_size: int = 1000,
     dtype: torch.dtype = torch.float32,
@@ -77,7 +77,7 @@ def assign(
     Args:
         model: Not wrapped in DDP; its mode is restored.
         views: `views.evaluation` makes the input.
-        images: All M images, on every rank.
+        images: All M images, for every rank.
         batch_size: Images of one forward pass.
         dtype: Of the network's input.
         after_each: Called after every forward pass, equally often on all ranks; may raise to end it here.
@@ -90,9 +90,12 @@ def assign(
     model.eval()
     confidence, clusters = [], []
     try:
-        for first in range(0, max(shares), batch_size):
-            resident, rows, _ = images.gather(own[first : first + batch_size])  # the last may be of no images
-            logits = model(views.evaluation(resident, rows, dtype=dtype), ["clustering"])["clustering"]
+        batches = [own[first : first + batch_size] for first in range(0, max(shares), batch_size)]
+        for number, indices in enumerate(batches):  # the last may be of no images
+            pixels, rows, _ = images.gather(indices)
+            if number + 1 < len(batches):
+                images.prefetch(batches[number + 1])
+            logits = model(views.evaluation(pixels, rows, dtype=dtype), ["clustering"])["clustering"]
             best = torch.softmax(logits.float(), -1).max(-1)
             confidence.append(best.values)
             clusters.append(best.indices)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from iic_dist import report, restart
 from iic_dist.build import RunData, build_model, build_schedule, build_views, complete
 from iic_dist.config import Config
-from iic_dist.data import Batch, DeviceImages
+from iic_dist.data import Batch, place_images
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import Evaluation, Evaluator
@@ -84,16 +84,16 @@ class Trainer:
         self.train_seconds = 0.0
 
     def _put_images(self) -> None:
-        """Put the images on the device, the unlabelled ones behind the others."""
-        data = self.data
+        """Put the images where they fit, the unlabelled ones behind the others."""
+        data, budget = self.data, self.config.data.device_budget_gib
         images = data.train.images
         if data.unlabelled is not None:
             images = torch.cat([images, data.unlabelled.images])
-        self.images = DeviceImages(images, self.device)
+        self.images = place_images(images, self.device, budget)
         same = data.evaluation is data.train and data.unlabelled is None
         self.evaluator = Evaluator(
             data.evaluation,
-            self.images if same else DeviceImages(data.evaluation.images, self.device),
+            self.images if same else place_images(data.evaluation.images, self.device, budget),
             self.views,
             self.num_clusters,
             batch_size=self.config.train.evaluate_batch_size,
@@ -213,6 +213,9 @@ class Trainer:
             self.sub_heads.begin_pass(each.heads)
         batches = self.schedule.batches(self.epoch, each.heads, position)
         inputs = [self._make_views(batch, each.first_view) for _, batch in batches]
+        if position + 1 < each.steps:
+            for _, batch in self.schedule.batches(self.epoch, each.heads, position + 1):
+                self.images.prefetch(batch.indices)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(each.heads, self.step)
         self.guard.begin()

@@ -57,6 +57,8 @@ def test_the_heads_follow_from_their_sizes() -> None:
         (["--data.bach_size", "1"], "bach_size"),
         (["--config", "cifar11"], "--config cifar11.*cifar10"),
         (["--run.device", "tpu"], "run.device.*tpu"),
+        (["--data.workers", "-1"], "data.workers=-1: must be 0 or more"),
+        (["--data.device_budget_gib", "-2"], "data.device_budget_gib=-2.0: must be 0 or more"),
         (["--optim.lr", "-1"], "optim.lr=-1.0: must be above 0"),
         (["--optim.lr", "inf"], "optim.lr.*inf"),
         (["--loss.temperature", "0"], "loss.temperature=0.0"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import rank_tasks
 import torch
@@ -47,3 +49,7 @@ def test_devices_are_chosen_or_refused_in_one_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UsageError, match="4 ranks on a machine with 2 GPU.*nproc_per_node=2"):
         distributed.choose_device("auto", Place(0, 4, 0, 4))
     assert distributed.choose_device("cpu", Place(0, 4, 0, 4)) == torch.device("cpu")
+
+
+def test_the_others_wait_for_the_main_process_of_their_machine(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks.run(4, rank_tasks.after_the_local_main, str(tmp_path)) == [True] * 4

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from iic_dist.data.decode import MAX_PIXELS
 from iic_dist.data.device import DeviceImages
-from iic_dist.data.folder import MAX_PIXELS, Unreadable, load_folder
+from iic_dist.data.folder import load_folder
+from iic_dist.data.host import HostImages
 from iic_dist.data.image_set import ImageSet
+from iic_dist.data.listing import Unreadable
 from iic_dist.data.named import LOADERS, load_named, splits
 from iic_dist.data.sampler import Batch, Sampler
+from iic_dist.data.source import ImageSource, place_images
 from iic_dist.errors import UsageError
 
-__all__ = ["DATA_NAMES", "Batch", "DeviceImages", "ImageSet", "Sampler", "load_image_set"]
+__all__ = [
+    "DATA_NAMES",
+    "Batch",
+    "DeviceImages",
+    "HostImages",
+    "ImageSet",
+    "ImageSource",
+    "Sampler",
+    "load_image_set",
+    "place_images",
+]
 
 DATA_NAMES = tuple(LOADERS)
 
@@ -25,6 +39,9 @@ def load_image_set(
     folder_labels: bool = False,
     follow_links: bool = False,
     max_pixels: int = MAX_PIXELS,
+    cache: Path | None = None,
+    workers: int | None = 0,
+    verify: bool = True,
     download: bool = True,
     progress: bool = True,
     unreadable: Unreadable | None = None,
@@ -37,13 +54,13 @@ def load_image_set(
         split: "train", "test" or "all" (train followed by test); "unlabelled" of stl10. A folder has one
             split, which answers to "all" and to "train".
         image_size: Side in pixels that a folder's images get (default 96); a named set has its own.
-        folder_labels, follow_links, max_pixels, progress, unreadable: See `load_folder`.
+        folder_labels, follow_links, max_pixels, cache, workers, verify, progress, unreadable: See `load_folder`.
         download: Fetch a named set that is not there. At most one process of a machine may: under torchrun
             local rank 0 goes first, then the others without.
 
     Raises:
         UsageError: an unknown name or split, a set that is missing or damaged, a folder without images that
-            can be read.
+            can be read, or whose decoded images find no room.
     """
     is_folder = name.startswith("folder:")
     if not is_folder and name not in DATA_NAMES:
@@ -69,6 +86,9 @@ def load_image_set(
         labels=folder_labels,
         follow_links=follow_links,
         max_pixels=max_pixels,
+        cache=cache,
+        workers=workers,
+        verify=verify,
         progress=progress,
         unreadable=unreadable,
     )

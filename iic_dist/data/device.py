@@ -23,6 +23,9 @@ class DeviceImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    def prefetch(self, indices: Tensor) -> None:
+        """Do nothing: all images are here."""
+
     def gather(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Say where the images of a batch are; no image is copied.
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 from torchvision.transforms.v2 import functional
 
 from iic_dist.data import load_image_set
-from iic_dist.data.folder import list_images
+from iic_dist.data.listing import list_images
 from iic_dist.errors import UsageError
 
 
@@ -68,7 +68,7 @@ def test_any_nesting_sorted_by_relative_path(tmp_path):
     image_set = load(tmp_path, unreadable=problems)
     assert problems == []
     assert image_set.paths == tuple(path.as_posix() for path in expected)
-    assert list_images(tmp_path, follow_links=False)[0] == [path.as_posix() for path in expected]
+    assert list_images(tmp_path, follow_links=False).paths == [path.as_posix() for path in expected]
     for row, path in enumerate(expected):
         colour = image_set.images[row, :, 20, 20].int() - torch.tensor([10 * names.index(str(path)), 0, 200])
         assert colour.abs().max() <= 4, path  # JPEG, GIF and WebP lose a little
@@ -424,7 +424,7 @@ def linked(tmp_path) -> Path:
 def test_links_out_of_the_folder_are_refused(linked):
     problems: list = []
     image_set = load(linked, unreadable=problems)
-    assert list_images(linked, follow_links=False)[0] == ["alias.png", "inside.png"]
+    assert list_images(linked, follow_links=False).paths == ["alias.png", "inside.png"]
     assert torch.equal(image_set.images[0], image_set.images[1])
     reasons = dict(problems)
     assert len(reasons) == len(problems)
@@ -436,7 +436,8 @@ def test_links_out_of_the_folder_are_refused(linked):
 
 
 def test_links_out_of_the_folder_are_followed_if_asked(linked):
-    paths, refused = list_images(linked, follow_links=True)
+    listing = list_images(linked, follow_links=True)
+    paths, refused = listing.paths, listing.refused
     assert paths == ["alias.png", "folder/deep/two.png", "folder/one.png", "inside.png", "out.png"]
     assert sorted(path for path, _ in refused) == ["broken.png", "self.png", "sub/loop", "up"]
     image_set = load(linked, follow_links=True)
@@ -455,7 +456,8 @@ def test_folders_that_link_to_each_other_end(tmp_path):
         save(tmp_path / f"{i}" / "x.png", picture())
         for j in range(8):
             (tmp_path / f"{i}" / f"to-{j}").symlink_to(tmp_path / f"{j}")
-    paths, refused = list_images(tmp_path, follow_links=True)
+    listing = list_images(tmp_path, follow_links=True)
+    paths, refused = listing.paths, listing.refused
     assert len(paths) == 8 + 8 * 7  # each folder, and each through each other one
     assert all(len(path.split("/")) <= 3 for path in paths)
     assert len(refused) == 8 + 8 * 7 * 8

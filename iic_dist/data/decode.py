@@ -1,0 +1,226 @@
+"""From image files to pixels of one size, in worker processes; a file that cannot be read is named, never fatal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import warnings
+from collections.abc import Iterable, Iterator
+from ctypes import c_int64
+from dataclasses import dataclass
+from multiprocessing import RawArray
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from tqdm import tqdm
+
+from iic_dist.data.listing import Unreadable, printable
+from iic_dist.errors import UsageError
+
+# Pillow opens more, but some of those run a program (EPS) and none is a usual format of data sets.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 50_000_000
+DECODER = f"1 with Pillow {PIL.__version__}"
+"""Names the pixels that `decode_image` makes of a file; count up when it makes others."""
+
+_MAX_WORKERS = 16
+_CHUNK_IMAGES, _CHUNK_BYTES = 32, 2**24
+
+
+def decode_image(path: Path, image_size: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode one file: turned as its EXIF says, its central square resized with antialias (triangle filter).
+
+    Transparent pixels lie on white. 16-bit gray is scaled from its whole range, 0-65535. Of an animation the
+    first picture counts.
+
+    Returns:
+        (3, S, S) uint8 RGB.
+
+    Raises:
+        Exception: the file is malformed; Pillow raises many kinds.
+    """
+    Image.init()  # registers the formats; which ones there are depends on Pillow's version and build
+    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"{image.width} x {image.height} pixels, the limit is {max_pixels}")
+        image.load()
+        with contextlib.suppress(Exception):  # a damaged EXIF block does not make the pixels bad
+            ImageOps.exif_transpose(image, in_place=True)
+        return square(image, image_size)
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """Read width and height of an image file in pixels, without decoding it, before it is turned as its EXIF says.
+
+    Raises:
+        Exception: the header is malformed.
+    """
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            return image.size
+
+
+def square(image: Image.Image, image_size: int) -> Tensor:
+    """Resize the central square of a picture: (3, S, S) uint8 RGB. See `decode_image`; the EXIF is not looked at."""
+    # Square first: a strip of 20000 x 1 resized by its shorter side would be 20000 squares long.
+    fitted = ImageOps.fit(_to_rgb(image), (image_size, image_size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("float pixels have no fixed range: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow's own conversion cuts everything above 255 off
+        wide = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Some files one after the other, decoded.
+
+    Attributes:
+        images: (n, 3, S, S) uint8, what could be decoded, in the order of the files.
+        paths: The n relative paths.
+        malformed: The other files.
+        has_colour: Whether a pixel of any of the images is not gray.
+    """
+
+    images: np.ndarray
+    paths: list[str]
+    malformed: Unreadable
+    has_colour: bool
+
+
+class _Chunks(Dataset[Decoded]):
+    """The files in chunks of some consecutive ones; reading one decodes it.
+
+    `at_work[w]` is the file that worker w is at, in memory that the processes share.
+    """
+
+    def __init__(self, root: Path, paths: list[str], image_size: int, max_pixels: int, workers: int) -> None:
+        self.root, self.paths = root, paths
+        self.image_size, self.max_pixels = image_size, max_pixels
+        self.size = max(1, min(_CHUNK_IMAGES, _CHUNK_BYTES // (3 * image_size**2)))
+        self.at_work = RawArray(c_int64, [-1] * max(1, workers))
+
+    def __len__(self) -> int:
+        return -(-len(self.paths) // self.size)
+
+    def __getitem__(self, chunk: int) -> Decoded:
+        worker = get_worker_info()
+        place = 0 if worker is None else worker.id
+        kept: list[str] = []
+        malformed: Unreadable = []
+        start = chunk * self.size
+        images = np.empty((self.size, 3, self.image_size, self.image_size), dtype=np.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of oddities that it reads, and of sizes that we refuse
+            for number, path in enumerate(self.paths[start : start + self.size], start):
+                self.at_work[place] = number
+                try:
+                    images[len(kept)] = decode_image(self.root / path, self.image_size, self.max_pixels).numpy()
+                except Exception as error:  # a malformed file can raise nearly anything
+                    malformed.append((path, reason_for(error)))
+                else:
+                    kept.append(path)
+        self.at_work[place] = -1
+        images = images[: len(kept)]
+        return Decoded(images, kept, malformed, bool((images != images[:, :1]).any()))
+
+
+@contextlib.contextmanager
+def decoded_files(
+    root: Path,
+    paths: list[str],
+    image_size: int,
+    max_pixels: int = MAX_PIXELS,
+    workers: int | None = 0,
+    progress: bool = False,
+) -> Iterator[Iterable[Decoded]]:
+    """Decode files in their order, some at a time: `with decoded_files(...) as chunks: for chunk in chunks: ...`.
+
+    Args:
+        root: What the paths are relative to.
+        paths: Of the files.
+        image_size: S, side of the images in pixels.
+        max_pixels: A file whose header says more is not decoded.
+        workers: Processes that decode. 0: this one does. None: one a core, at most 16.
+        progress: Show a progress bar.
+
+    Raises:
+        UsageError: a worker ended, by a crash inside a decoder or because memory ran short.
+    """
+    workers = _count(workers)
+    chunks = _Chunks(root, paths, image_size, max_pixels, workers)
+    # What it yields are arrays, which pass through pipes: tensors take shared memory, of which containers have little.
+    loader = DataLoader(
+        chunks,
+        batch_size=None,
+        num_workers=min(workers, len(chunks)),
+        collate_fn=_as_it_is,
+        worker_init_fn=_ignore_signals,
+    )
+    try:
+        with tqdm(desc="decoding images", unit="image", total=len(paths), disable=not progress) as bar:
+            yield _counted(loader, bar)
+    except RuntimeError as error:  # by a signal handler of torch, wherever the main process is at that moment
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        at_work = [paths[number] for number in chunks.at_work if number >= 0]
+        raise _worker_ended(f"{error} {error.__cause__}", root, at_work) from error
+
+
+def _worker_ended(message: str, root: Path, at_work: list[str]) -> UsageError:
+    cause = re.search(r"killed by signal: ([\w ]+\w)", message)
+    files = ", ".join(repr(printable(path)) for path in at_work) or "none of its files"
+    return UsageError(
+        f"a process that decodes the images of {str(root)!r} ended ({cause[1] if cause else 'cause unknown'}); at work "
+        f"were {files}: move away what crashes the decoder or, if memory ran short, use fewer --data.workers"
+    )
+
+
+def _counted(chunks: Iterable[Decoded], bar: tqdm[Any]) -> Iterator[Decoded]:
+    for chunk in chunks:
+        bar.update(len(chunk.paths) + len(chunk.malformed))
+        yield chunk
+
+
+def _count(workers: int | None) -> int:
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MAX_WORKERS)
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave it to the main process to stop: it decides for its workers when a job is to end."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def reason_for(error: Exception) -> str:
+    """Say in one line why a file cannot be read."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or its header is damaged"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])

@@ -1,0 +1,109 @@
+"""Which files under a folder are its images: found by name, in one order, without opening them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+# fmt: off
+SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+    ".tif", ".tiff", ".webp",
+)
+# fmt: on
+
+Unreadable = list[tuple[str, str]]
+"""Relative paths of what is passed over, each with the reason."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files under a folder.
+
+    Attributes:
+        paths: Relative paths, "/" between their parts, sorted part by part.
+        refused: What must not be opened, with reasons.
+        digest: Another one as soon as a file comes, goes, or changes its size or its time of change.
+    """
+
+    paths: list[str]
+    refused: Unreadable
+    digest: str
+
+
+def list_images(root: Path, follow_links: bool) -> Listing:
+    """Find the image files under `root` by their names; hidden files and folders are passed over.
+
+    Args:
+        root: Where to look.
+        follow_links: Also take symbolic links that lead out of the folder.
+    """
+    found: dict[str, os.stat_result] = {}
+    refused: Unreadable = []
+    base = os.path.realpath(root)
+    pending = [("", False)]  # a folder, and whether a link led to it
+    while pending:
+        folder, linked = pending.pop()
+        try:
+            with os.scandir(root / folder) as scan:
+                entries = [entry for entry in scan if not entry.name.startswith(".")]
+        except OSError as error:
+            refused.append((folder or ".", error.strerror or type(error).__name__))
+            continue
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            is_link = entry.is_symlink()
+            is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+            if not is_folder and not entry.name.lower().endswith(SUFFIXES):
+                continue
+            problem = _link_problem(entry.path, base, follow_links, linked) if is_link else None
+            if problem is not None:
+                refused.append((path, problem))
+            elif is_folder:
+                pending.append((path, linked or is_link))
+            else:
+                _take_file(path, entry, found, refused)
+    paths = sorted(found, key=lambda path: path.split("/"))
+    return Listing(paths, refused, _digest(paths, found))
+
+
+def _take_file(path: str, entry: os.DirEntry[str], found: dict[str, os.stat_result], refused: Unreadable) -> None:
+    try:
+        status = entry.stat()
+    except OSError as error:  # gone since the folder was read
+        refused.append((path, error.strerror or type(error).__name__))
+        return
+    if stat.S_ISREG(status.st_mode):
+        found[path] = status
+    else:
+        refused.append((path, "not a regular file"))  # opening a named pipe would wait for ever
+
+
+def _link_problem(link: str, base: str, follow_links: bool, linked: bool) -> str | None:
+    """Say why a symbolic link must not be followed, or None."""
+    try:
+        target = os.path.realpath(link, strict=True)
+    except OSError as error:
+        return f"a symbolic link that leads nowhere ({error.strerror})"
+    if not follow_links and os.path.commonpath([base, target]) != base:
+        return "a symbolic link out of the image folder"
+    if os.path.isdir(target):
+        parent = os.path.realpath(os.path.dirname(link))
+        if os.path.commonpath([parent, target]) == target:
+            return "a symbolic link back to a folder that it lies in"
+        if linked:  # n folders that link to each other hold n! paths
+            return "a symbolic link to a folder, inside a linked folder"
+    return None
+
+
+def _digest(paths: list[str], found: dict[str, os.stat_result]) -> str:
+    lines = (f"{path}\0{found[path].st_size}\0{found[path].st_mtime_ns}\0" for path in paths)
+    return hashlib.blake2b("".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def printable(text: str) -> str:
+    """Escape what would break a line or an encoding; a file name may hold any byte but "/" and NUL."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
