@@ -2,8 +2,10 @@
 
     pytest benchmarks/bench_nt_xent.py --benchmark-only     pytest-benchmark's statistics, grouped by shape
     python benchmarks/bench_nt_xent.py                      the forms in turn: a table, and results/nt_xent_cpu.json
+    python benchmarks/bench_nt_xent.py --device cuda        likewise on a GPU: results/nt_xent_cuda.json
 
-One thread of a CPU, in CPU time. The three bare products, of the whole matrices, are the floor that the bar names.
+A CPU is measured at one thread in CPU time; the three bare products, of the whole matrices, are the floor that the bar
+names. A GPU is measured in its own time in a replayed graph and in eager time on the wall.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from bench_iic import relative_error
 from torch import Tensor
 
 from iic_dist.losses import nt_xent_loss
+from iic_dist.ops import nt_xent
 
 DIMENSIONS = 128
 TEMPERATURE = 0.5
@@ -36,6 +40,16 @@ TOLERANCE = 3e-5
 """Largest relative norm of the error of the loss and of each gradient."""
 MOST_OF_CROSS_ENTROPY, MOST_OF_PRODUCTS = 1 / 2.2, 1.15
 """PERFORMANCE.md: what the fused loss may take at 8192 of the diagonal-mask form and of the three bare products."""
+
+GPU_ROWS = [512, 2048, 8192, 32768, 65536]
+H100_BARS_MS = {32768: 3.0, 65536: 11.0}
+"""GPU time of a step in a graph that the fused loss may take on an H100, bfloat16."""
+PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+GPU_TOLERANCE = {"bfloat16": 2e-2, "float32": TOLERANCE}
+COMPILED_ON_GPU = 8192
+"""The one 2G at which torch.compile is measured on a GPU: it takes many seconds a shape."""
+MATRICES = 10
+"""Matrices of 2G x 2G values that the forms which are not tiled may hold at once, on the safe side."""
 
 Form = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,19 +63,19 @@ def boolean_mask(embeddings_a: Tensor, embeddings_b: Tensor) -> Tensor:
     """As the much copied PyTorch codes do: pick positives and negatives out of the matrix by boolean masks."""
     similarity = similarities(embeddings_a, embeddings_b)
     rows = len(similarity)
-    image = torch.arange(rows // 2).repeat(2)
-    others = ~torch.eye(rows, dtype=torch.bool)
+    image = torch.arange(rows // 2, device=similarity.device).repeat(2)
+    others = ~torch.eye(rows, dtype=torch.bool, device=similarity.device)
     same = (image[:, None] == image)[others].view(rows, -1)
     similarity = similarity[others].view(rows, -1)
     logits = torch.cat([similarity[same].view(rows, -1), similarity[~same].view(rows, -1)], 1)
-    return F.cross_entropy(logits, torch.zeros(rows, dtype=torch.int64))
+    return F.cross_entropy(logits, torch.zeros(rows, dtype=torch.int64, device=logits.device))
 
 
 def four_blocks(embeddings_a: Tensor, embeddings_b: Tensor) -> Tensor:
     """As SimCLR's own code does: four products of views, cross-entropy over pairs of blocks."""
     a, b = F.normalize(embeddings_a, dim=1), F.normalize(embeddings_b, dim=1)
-    itself = 1e9 * torch.eye(len(a), dtype=a.dtype)
-    labels = torch.arange(len(a))
+    itself = 1e9 * torch.eye(len(a), dtype=a.dtype, device=a.device)
+    labels = torch.arange(len(a), device=a.device)
     logits_a = torch.cat([a @ b.T / TEMPERATURE, a @ a.T / TEMPERATURE - itself], 1)
     logits_b = torch.cat([b @ a.T / TEMPERATURE, b @ b.T / TEMPERATURE - itself], 1)
     return (F.cross_entropy(logits_a, labels) + F.cross_entropy(logits_b, labels)) / 2
@@ -70,8 +84,9 @@ def four_blocks(embeddings_a: Tensor, embeddings_b: Tensor) -> Tensor:
 def cross_entropy(embeddings_a: Tensor, embeddings_b: Tensor) -> Tensor:
     """Cross-entropy over the matrix with its diagonal masked."""
     similarity = similarities(embeddings_a, embeddings_b)
-    similarity = similarity.masked_fill(torch.eye(len(similarity), dtype=torch.bool), -torch.inf)
-    return F.cross_entropy(similarity, torch.arange(len(similarity)).roll(len(embeddings_a)))
+    itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    labels = torch.arange(len(similarity), device=similarity.device).roll(len(embeddings_a))
+    return F.cross_entropy(similarity.masked_fill(itself, -torch.inf), labels)
 
 
 FORMS: dict[str, Form] = {
@@ -86,10 +101,13 @@ PRODUCTS = "3 products"
 COLUMNS = (*FORMS, PRODUCTS)
 
 
-def make_embeddings(rows: int) -> tuple[Tensor, Tensor]:
+def make_embeddings(
+    rows: int, device: str = "cpu", dtype: torch.dtype = torch.float32, dimensions: int = DIMENSIONS
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    a, noise = torch.randn(2, rows // 2, DIMENSIONS, generator=generator)
-    return a.requires_grad_(), (a.detach() + noise).requires_grad_()
+    a, noise = torch.randn(2, rows // 2, dimensions, generator=generator)
+    views = [view.to(device, dtype).requires_grad_() for view in (a, a + noise)]
+    return views[0], views[1]
 
 
 def step(form: Form, embeddings_a: Tensor, embeddings_b: Tensor) -> tuple[Tensor, ...]:
@@ -111,14 +129,14 @@ def products(embeddings_a: Tensor, embeddings_b: Tensor) -> Callable[[], tuple[T
     return work
 
 
-def assert_parity(values: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
-    """Raise unless value and gradients are those of cross-entropy in float64."""
+def assert_parity(values: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float = TOLERANCE) -> None:
+    """Raise unless value and gradients are those of the reference."""
     error = relative_error(values, wanted)
-    assert error <= TOLERANCE, f"relative error {error:.1e}, {TOLERANCE} allowed"
+    assert error <= tolerance, f"relative error {error:.1e}, {tolerance} allowed"
 
 
 def reference(embeddings_a: Tensor, embeddings_b: Tensor) -> tuple[Tensor, ...]:
-    """What `step` should give."""
+    """What `step` should give: cross-entropy in float64."""
     return step(cross_entropy, *(x.detach().double().requires_grad_() for x in (embeddings_a, embeddings_b)))
 
 
@@ -177,23 +195,122 @@ def print_bars(forms: dict[str, dict[str, Any]]) -> None:
         print(f"{'met' if share <= most else 'MISSED'}: {share:.3f} of {name}, {most:.3f} allowed")
 
 
+def gpu_cases() -> Iterator[tuple[str, int, str]]:
+    """(precision, 2G, form): the fused loss first, torch.compile last."""
+    for precision in PRECISIONS:
+        for rows in GPU_ROWS:
+            yield precision, rows, "impl=fused"
+    for name in ("impl=torch", "cross-entropy", "four blocks"):  # the boolean mask makes the host wait
+        for rows in GPU_ROWS:
+            yield "bfloat16", rows, name
+    yield "bfloat16", COMPILED_ON_GPU, "torch.compile"
+
+
+def tiled_reference(embeddings_a: Tensor, embeddings_b: Tensor) -> tuple[Tensor, ...]:
+    """What `step` should give where the whole matrix is too large: the PyTorch form in float64."""
+    return step(FORMS["impl=torch"], *(x.detach().double().requires_grad_() for x in (embeddings_a, embeddings_b)))
+
+
+def measure_ops(embeddings_a: Tensor, embeddings_b: Tensor) -> dict[str, float]:
+    """Milliseconds of GPU time of the two native ops, which hold all products."""
+    ops = nt_xent.implementation("fused", embeddings_a.device)
+    z = F.normalize(torch.cat([embeddings_a, embeddings_b]).detach(), dim=1)
+    place = (0, len(z), TEMPERATURE)
+    log_sum_exp, _ = ops.nt_xent_rows(z, *place)
+    works: dict[str, measuring.Work] = {
+        "nt_xent_rows": lambda: ops.nt_xent_rows(z, *place),
+        "nt_xent_rows_grad": lambda: (ops.nt_xent_rows_grad(z, log_sum_exp, *place),),
+    }
+    return {name: measuring.graph_milliseconds(work)[0] for name, work in works.items()}
+
+
+def measure_on_gpu(precision: str, rows: int, name: str) -> dict[str, Any]:
+    """Measure one form at one size; an error is part of the result."""
+    row: dict[str, Any] = {"rows": rows, "precision": precision, "form": name}
+    dtype = PRECISIONS[precision]
+    matrices = MATRICES * rows * rows * dtype.itemsize
+    if not name.startswith("impl=") and matrices > torch.cuda.mem_get_info()[0]:
+        return row | {"left_out": f"may hold {matrices >> 30} GiB"}
+    try:
+        embeddings = make_embeddings(rows, "cuda", dtype)
+
+        def work() -> tuple[Tensor, ...]:
+            return step(FORMS[name], *embeddings)
+
+        row["wall_ms"] = measuring.wall_milliseconds(work)
+        row["peak_mib"] = measuring.peak_mebibytes(work, "cuda")
+        row["graph_ms"], replayed = measuring.graph_milliseconds(work)
+        row["tflops"] = 3 * 2 * rows * rows * DIMENSIONS / row["graph_ms"] / 1e9
+        if name == "impl=fused":
+            wanted = tiled_reference(*embeddings)
+            row["relative_error"] = relative_error(replayed, wanted)
+            for values in (work(), replayed):
+                assert_parity(values, wanted, GPU_TOLERANCE[precision])
+            row["ops_ms"] = measure_ops(*embeddings)
+            row["h100_bar_ms"] = H100_BARS_MS.get(rows) if precision == "bfloat16" else None
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"
+    torch.cuda.empty_cache()
+    return row
+
+
+def print_gpu_table(rows: list[dict[str, Any]]) -> None:
+    """One line a case; the last column compares eager time with that of the fused loss in the same precision."""
+    fused = {(row["rows"], row["precision"]): row for row in rows if row["form"] == "impl=fused"}
+    titles = ("graph ms", "H100 bar", "eager ms", "TFLOP/s", "MiB", "/ fused")
+    print(f"{'2G':7}{'precision':>10}  {'form':15}" + "".join(f"{title:>10}" for title in titles))
+    for row in sorted(rows, key=lambda row: row["rows"]):
+        line = f"{row['rows']:<7}{row['precision']:>10}  {row['form']:15}"
+        if "graph_ms" not in row:
+            print(line, row.get("left_out") or row["error"])
+            continue
+        line += f"{row['graph_ms']:10.3f}{row.get('h100_bar_ms') or '-':>10}{row['wall_ms']:10.3f}"
+        line += f"{row['tflops']:10.1f}{row['peak_mib']:10.1f}"
+        wall = fused[row["rows"], row["precision"]].get("wall_ms")
+        print(line + (f"{row['wall_ms'] / wall:9.2f}x" if wall else f"{'-':>10}") + f" {row.get('error', '')}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10, help="for each shape")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "nt_xent_cpu.json")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--seconds", type=float, default=10, help="for each shape, on a CPU")
+    parser.add_argument("--output", type=Path, help="the JSON file; default results/nt_xent_DEVICE.json")
     options = parser.parse_args()
+    path = options.output or Path(__file__).parent / "results" / f"nt_xent_{options.device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if options.device == "cuda":
+        main_cuda(path)
+    else:
+        main_cpu(path, options.seconds)
+
+
+def main_cpu(path: Path, seconds: float) -> None:
     torch.set_num_threads(1)
-    results = {str(rows): measure(rows, options.seconds) for rows in ROWS}
+    results = {str(rows): measure(rows, seconds) for rows in ROWS}
     print_table(results)
     print_bars(results["8192"])
     peaks = peaks_at_most_rows()
     for name, peak in peaks.items():
         verdict = "met" if peak <= MOST_MEBIBYTES else "MISSED"
         print(f"{verdict}: {name} holds {peak:.1f} MiB at {MOST_ROWS}, {MOST_MEBIBYTES} allowed")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     figures = {"provenance": measuring.provenance("cpu"), "rows": results, f"peak_mib_{MOST_ROWS}": peaks}
-    options.output.write_text(json.dumps(figures, indent=2) + "\n")
-    print(f"written to {options.output}")
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+def main_cuda(path: Path) -> None:
+    """Write the file after each case, so that a run that is cut off leaves its figures."""
+    rows: list[dict[str, Any]] = []
+    figures = {"provenance": measuring.provenance("cuda"), "rows": rows}
+    for case in gpu_cases():
+        rows.append(measure_on_gpu(*case))
+        path.write_text(json.dumps(figures, indent=2) + "\n")
+        print(".", end="", flush=True)
+    print()
+    print_gpu_table(rows)
+    print(f"written to {path}")
+    if any("error" in row and row["form"] == "impl=fused" for row in rows):
+        sys.exit("the fused loss failed: see the table")
 
 
 @pytest.mark.benchmark(timer=time.thread_time, min_rounds=3, max_time=1, warmup=False)

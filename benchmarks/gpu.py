@@ -27,8 +27,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"build": 190, "tests": 110, "benchmarks": 90, "doctor": 20, "training": 35, "memcheck": 35, "racecheck": 40}
-"""Share of each step; what one leaves over goes to the next ones. Together 520 s."""
+SECONDS = {
+    "build": 175,
+    "tests": 110,
+    "bench_iic": 75,
+    "bench_nt_xent": 45,
+    "doctor": 20,
+    "training": 30,
+    "memcheck": 35,
+    "racecheck": 35,
+}
+"""Share of each step; what one leaves over goes to the next ones. Together 525 s."""
+BENCHMARKS = ("bench_iic", "bench_nt_xent")
 LAST_WORDS = 8
 """Seconds between the request to stop and the end by force, within the share."""
 TAIL = 6000
@@ -36,6 +46,9 @@ TAIL = 6000
 SMALL_SHAPES = [(3500, 10), (70, 20), (1800, 70), (900, 150), (70, 200)]
 """(N, K) of every kernel family for compute-sanitizer; with 5 sub-heads the first two sizes of N make a block of the
 first kernels take two tiles, so that a missing barrier between tiles would show."""
+SMALL_ROWS, SMALL_DIMENSIONS = 9000, [128, 200, 300, 600]
+"""2G and D likewise for NT-Xent, of which two of the ops' blocks of rows are looked at: enough columns for several
+tiles a block, each shape of block, and the library."""
 
 
 @dataclass
@@ -170,7 +183,7 @@ def steps(folder: Path, capability: str) -> list[Step]:
     training = ["-m", "iic_dist.train", "--run.device", "cuda", "--train.epochs", "10", *run_folder]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     small = [python, str(Path(__file__).resolve()), "--small-shapes"]
-    options = ["--kernel-name", "kns=iic_", "--error-exitcode", "1"]
+    options = ["--kernel-name", "kns=iic_dist", "--error-exitcode", "1"]  # the namespace, in the mangled name
     own = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
     checks = [
         Step(
@@ -189,10 +202,13 @@ def steps(folder: Path, capability: str) -> list[Step]:
             {"IIC_DIST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": capability},
         ),
         Step("tests", [python, *pytest, *marked], figures=read_tests(folder / "tests.xml")),
-        Step(
-            "benchmarks",
-            [python, "benchmarks/bench_iic.py", "--device", "cuda", "--output", str(folder / "iic.json")],
-            figures=read_json(folder / "iic.json"),
+        *(
+            Step(
+                name,
+                [python, f"benchmarks/{name}.py", "--device", "cuda", "--output", str(folder / f"{name}.json")],
+                figures=read_json(folder / f"{name}.json"),
+            )
+            for name in BENCHMARKS
         ),
         Step("doctor", [python, "-m", "iic_dist.doctor"]),
         Step(
@@ -210,6 +226,9 @@ def run_small_shapes() -> None:
     import torch
     from bench_iic import FORMS, make_logits
     from bench_iic import step as train
+    from bench_nt_xent import make_embeddings
+
+    from iic_dist.ops import nt_xent
 
     for n, k in SMALL_SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
@@ -217,7 +236,17 @@ def run_small_shapes() -> None:
             twice = torch.cat([b, b]).detach().requires_grad_()
             results = train(FORMS["impl=fused"], a, twice)
             assert all(result.isfinite().all() for result in results)
-            print(f"{n} x {k} {dtype}", flush=True)
+            print(f"IIC {n} x {k} {dtype}", flush=True)
+    ops = nt_xent.implementation("fused", torch.device("cuda"))
+    for dimensions in SMALL_DIMENSIONS:
+        for dtype in (torch.float32, torch.bfloat16):
+            z = torch.cat(make_embeddings(SMALL_ROWS, "cuda", dtype, dimensions)).detach()
+            place = (100, 200, 0.5 * dimensions)  # the rows are not normalised
+            log_sum_exp, positive = ops.nt_xent_rows(z, *place)
+            all_log_sum_exp = log_sum_exp.repeat(SMALL_ROWS // 200)
+            grad = ops.nt_xent_rows_grad(z, all_log_sum_exp, *place)
+            assert all(result.isfinite().all() for result in (log_sum_exp, positive, grad))
+            print(f"NT-Xent {SMALL_ROWS} x {dimensions} {dtype}", flush=True)
 
 
 def find_gpu() -> tuple[str, str]:
@@ -274,7 +303,7 @@ def run_all(output: Path) -> bool:
             report["seconds"] = round(time.monotonic() - started, 1)
             output.write_text(json.dumps(report, indent=2) + "\n")
             print(describe(step.name, result), flush=True)
-            if result["status"] == "failed" or step.name in ("benchmarks", "doctor"):
+            if result["status"] == "failed" or step.name in (*BENCHMARKS, "doctor"):
                 print(result["output_tail"], flush=True)
     print(f"{report['seconds']} s; written to {output}")
     return all(result["status"] != "failed" for result in results.values())

@@ -46,16 +46,17 @@ def load_data(config: Config, place: Place) -> RunData:
     unreadable: list[tuple[str, str]] = []
 
     def load(split: str) -> ImageSet:
-        return load_image_set(
+        loaded = load_image_set(
             data.name,
             Path(data.root),
             split,
-            image_size=data.image_size,
+            image_size=data.image_size if data.name.startswith("folder:") else None,
             folder_labels=data.folder_labels,
             download=data.download and place.local_rank == 0,
             progress=config.monitor.progress and place.is_main,
             unreadable=unreadable,
         )
+        return loaded if data.channels is None else loaded.with_channels(data.channels)
 
     if place.local_rank != 0:
         distributed.barrier()
@@ -70,8 +71,11 @@ def load_data(config: Config, place: Place) -> RunData:
 def complete(config: Config, train: ImageSet) -> Config:
     """Return a copy of `config` in which nothing is left to be chosen from the images.
 
+    What it says of the images is enough to build the network and its input again without them.
+
     Raises:
-        UsageError: the number of clusters is not given and the images have no classes to count.
+        UsageError: the number of clusters is not given and the images have no classes to count, or the images have
+            another size or other channels than the config says.
     """
     config = copy.deepcopy(config)
     if config.model.num_clusters is None:
@@ -80,8 +84,15 @@ def complete(config: Config, train: ImageSet) -> Config:
                 f"{train.name} has no classes to count: say how many clusters you want with --model.num_clusters"
             )
         config.model.num_clusters = train.num_classes
-    channels = train.images.shape[1]
-    views = build_views(config, train)
+    channels, image_size = train.images.shape[1], train.images.shape[-1]
+    for name, asked, there in (
+        ("image_size", config.data.image_size, image_size),
+        ("channels", config.data.channels, channels),
+    ):
+        if asked not in (None, there):
+            raise UsageError(f"data.{name}={asked}: the images of {train.name!r} have their own, {there}: leave it out")
+    config.data.image_size, config.data.channels = image_size, 1 if channels == 1 else 3
+    views = build_views(config)
     config.views.size = views.size
     if config.views.mean is None and config.views.std is None and views.channels(channels) == channels:
         # A sample of 10,000 images fixes both to three digits; the mean over all would hold a float copy of them.
@@ -91,13 +102,15 @@ def complete(config: Config, train: ImageSet) -> Config:
     return config
 
 
-def build_views(config: Config, train: ImageSet) -> Views:
-    """Make the view policy of a complete config for these images."""
-    views = config.views
+def build_views(config: Config) -> Views:
+    """Make the view policy of a config that knows the size and the channels of its images."""
+    data, views = config.data, config.views
+    assert data.image_size is not None, "complete() comes first"
+    assert data.channels is not None, "complete() comes first"
     return policy(
         views.policy,
-        image_size=train.images.shape[-1],
-        channels=train.images.shape[1],
+        image_size=data.image_size,
+        channels=data.channels,
         seed=config.run.seed,
         repeats=views.repeats,
         size=views.size,
@@ -114,8 +127,15 @@ def build_views(config: Config, train: ImageSet) -> Views:
     )
 
 
-def build_model(config: Config, in_channels: int, image_size: int) -> ClusterNet:
-    """Build the network of a complete config; its initial weights are a function of `run.seed`."""
+def build_model(config: Config, in_channels: int, image_size: int, fetch_weights: bool = True) -> ClusterNet:
+    """Build the network of a complete config; its initial weights are a function of `run.seed`.
+
+    Args:
+        config: What is asked for.
+        in_channels: Of the views.
+        image_size: Side of the views in pixels.
+        fetch_weights: False leaves `model.pretrained` weights out, for a checkpoint that holds others.
+    """
     model = config.model
     assert model.num_clusters is not None, "complete() comes first"
     with torch.random.fork_rng(devices=[]):
@@ -126,6 +146,7 @@ def build_model(config: Config, in_channels: int, image_size: int) -> ClusterNet
             image_size=image_size,
             norm=model.norm,
             pretrained=model.pretrained,
+            fetch_weights=fetch_weights,
         )
         features = backbone.num_features
         heads: dict[str, torch.nn.Module] = {

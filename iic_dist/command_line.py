@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jsonargparse
 
@@ -33,7 +34,8 @@ def _parser() -> _Parser:
     parser.add_argument(
         "--config",
         action="config",
-        help="A preset's name or a YAML file; options given beside it win. Default: digits.",
+        help="A preset's name or a YAML file; options given beside it win. Default: digits; for folder:DIR what "
+        "is chosen from the images.",
     )
     for group in dataclasses.fields(Config):
         parser.add_class_arguments(group.default_factory, group.name)
@@ -51,9 +53,9 @@ def _find(name: str) -> str:
     raise UsageError(f"--config {name}: neither a file nor a preset ({names})")
 
 
-def _config_first(arguments: list[str]) -> list[str]:
-    """Put --config, with its preset resolved, before the options, so that these win wherever they stand."""
-    config, rest = "digits", []
+def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Take --config out of the options: its value, None where it is not there, and the others."""
+    config, rest = None, []
     remaining = iter(arguments)
     for argument in remaining:
         if argument == "--config":
@@ -62,21 +64,34 @@ def _config_first(arguments: list[str]) -> list[str]:
             config = argument.removeprefix("--config=")
         else:
             rest.append(argument)
-    return ["--config", _find(config), *rest]
+    return config, rest
 
 
-def parse(arguments: list[str] | None = None) -> Config:
+def parse(arguments: list[str] | None = None, choose: Callable[[Config], dict[str, Any]] | None = None) -> Config:
     """Read the command line into a checked `Config`.
 
     Args:
         arguments: Options without the program's name; None takes the process's own.
+        choose: Asked for settings where the images are a folder's: gets the config so far and returns values by
+            "group.field". They take the place of the defaults, and of the preset where none is named.
 
     Raises:
         UsageError: an unknown option, a value of the wrong type, or values that do not fit together.
     """
     parser = _parser()
-    parsed = parser.parse_args(_config_first(sys.argv[1:] if arguments is None else arguments))
-    groups = parser.instantiate(parsed)
+    named, options = _split(sys.argv[1:] if arguments is None else arguments)
+    # --config comes first, so that the options win wherever they stand.
+    preset = ["--config", _find("digits" if named is None else named)]
+    if choose is not None:
+        first = _config(parser, preset + [option for option in options if not option.startswith("--print_config")])
+        if first.data.name.startswith("folder:"):
+            parser.set_defaults(choose(first))
+            preset = [] if named is None else preset
+    return _config(parser, preset + options)
+
+
+def _config(parser: _Parser, arguments: list[str]) -> Config:
+    groups = parser.instantiate(parser.parse_args(arguments))
     config = Config(**{group.name: getattr(groups, group.name) for group in dataclasses.fields(Config)})
     check(config)
     return config

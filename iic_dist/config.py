@@ -46,7 +46,9 @@ class DataConfig:
         evaluate_on: Images to evaluate on.
         batch_size: Images in a step over all ranks (pairs = batch_size x views.repeats); must divide by the ranks.
         unlabelled: Train the overclustering and contrastive heads also on the unlabelled images (stl10 only).
-        image_size: folder:DIR only: side in pixels that the images are resized and cropped to. Default: 96.
+        image_size: folder:DIR only: side in pixels that the images are resized and cropped to. Default: their median
+            shorter side, from 8 to 96.
+        channels: 1 makes all images gray, 3 makes them RGB. Default: 1 if no image has a colour, else 3.
         folder_labels: folder:DIR only: the sub-folders are classes, used for evaluation.
     """
 
@@ -58,6 +60,7 @@ class DataConfig:
     batch_size: int = 256
     unlabelled: bool = False
     image_size: int | None = None
+    channels: Literal[1, 3] | None = None
     folder_labels: bool = False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -155,17 +155,45 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | N
 
     Collective: all ranks must call. Equal shards land in place; unequal ones are padded to the longest.
     """
+    return start_gather_rows(rows, sizes, group)()
+
+
+def start_gather_rows(
+    rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None = None
+) -> Callable[[], Tensor]:
+    """Start `gather_rows` and return what gives its result; other work fits in between.
+
+    Collective: all ranks must call. Sync: on CUDA none, the current stream waits for the result.
+    """
     if world_size(group) == 1:
-        return rows
+        return lambda: rows
     longest = max(sizes)
     padded = rows.contiguous()
     if rows.shape[0] < longest:
         padded = torch.cat([padded, padded.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
     gathered = padded.new_empty(len(sizes) * longest, *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded, group=group)
-    if min(sizes) == longest:
-        return gathered
-    return torch.cat([shard[:n] for shard, n in zip(gathered.split(longest), sizes, strict=True)])
+    work = dist.all_gather_into_tensor(gathered, padded, group=group, async_op=True)
+    assert work is not None, "only a rank outside of the group has none"
+
+    def finish() -> Tensor:
+        work.wait()
+        if min(sizes) == longest:
+            return gathered
+        return torch.cat([shard[:n] for shard, n in zip(gathered.split(longest), sizes, strict=True)])
+
+    return finish
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's `value`, in rank order.
+
+    Collective: all ranks must call, each with something small that pickles. Sync: waits on the host.
+    """
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def broadcast(value: T) -> T:
@@ -178,18 +206,6 @@ def broadcast(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
-
-
-def gather_objects(value: T) -> list[T]:
-    """Return every rank's `value`, in rank order.
-
-    Collective: all ranks must call. Sync: waits on the host.
-    """
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def barrier() -> None:

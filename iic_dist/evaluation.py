@@ -84,11 +84,16 @@ class Evaluator:
             return {"accuracy": None, "nmi": None, "ari": None}
         return metrics.summarize(evaluation.counts, evaluation.selected)
 
-    def show(self, monitor: Monitor, step: int, evaluation: Evaluation) -> None:
-        """Show what is in every cluster of the selected sub-head.
+    def show(self, monitor: Monitor, step: int, evaluation: Evaluation, model: ClusterNet) -> None:
+        """Show what is in every cluster of the selected sub-head, and some images by their features.
 
         Collective: all ranks must call; gathers an integer and a float of each image.
         """
         clusters, confidence = evaluation.assigned.gathered(evaluation.selected)
         counts = None if evaluation.counts is None else evaluation.counts[evaluation.selected]
         report.show_clusters(monitor, step, self.evaluated, clusters, confidence, self.num_clusters, counts)
+        if monitor.enabled:
+            sample = report.projector_sample(len(self.evaluated.images))
+            resident, rows, _ = self.images.gather(sample)
+            features = inference.embed(model, self.views, resident[rows], dtype=self.dtype)
+            report.show_embedding(monitor, step, self.evaluated, sample, features, clusters)

@@ -108,7 +108,12 @@ def confusion(counts: Tensor | np.ndarray, class_names: Sequence[str]) -> Figure
 
 
 def cluster_mosaic(
-    images: Tensor, clusters: Tensor, confidence: Tensor, num_clusters: int, per_cluster: int = 12
+    images: Tensor,
+    clusters: Tensor,
+    confidence: Tensor,
+    num_clusters: int,
+    per_cluster: int = 12,
+    doubtful: bool = False,
 ) -> np.ndarray:
     """Draw each cluster's most confident images, the surest first, one cluster a row.
 
@@ -120,13 +125,15 @@ def cluster_mosaic(
         confidence: (M,) float, how sure it is of each.
         num_clusters: K.
         per_cluster: how many images to draw a cluster at most.
+        doubtful: draw the least confident instead, the most doubtful first.
 
     Returns:
         (height, width, 3) uint8.
 
     Sync: copies clusters, confidence and the drawn images to the host.
     """
-    by_cluster = np.lexsort((-confidence.cpu().numpy(), clusters.cpu().numpy()))
+    sign = 1 if doubtful else -1
+    by_cluster = np.lexsort((sign * confidence.cpu().numpy(), clusters.cpu().numpy()))
     sizes = np.bincount(clusters.cpu().numpy(), minlength=num_clusters)
     starts = np.cumsum(sizes) - sizes
     height, width = _drawn_size(*images.shape[-2:])

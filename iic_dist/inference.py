@@ -42,6 +42,27 @@ class Assignments:
 
 
 @torch.no_grad()
+def embed(
+    model: ClusterNet, views: Views, images: Tensor, *, batch_size: int = 250, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the features of the backbone in evaluation mode, (N, F) float32 on the CPU.
+
+    Args:
+        model: As in `assign`.
+        views: As in `assign`.
+        images: (N, C, H, W) uint8 on the model's device.
+        batch_size: Images of one forward pass.
+        dtype: Of the network's input.
+    """
+    was_training = model.training
+    model.eval()
+    places = torch.arange(len(images), device=images.device)
+    features = [model.backbone(views.evaluation(images, rows, dtype=dtype)) for rows in places.split(batch_size)]
+    model.train(was_training)
+    return torch.cat(features).float().cpu()
+
+
+@torch.no_grad()
 def assign(
     model: ClusterNet,
     views: Views,

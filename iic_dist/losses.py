@@ -6,7 +6,7 @@ so each local gradient carries a factor W: the average is the gradient of the gl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,23 +124,24 @@ def _shapes(logits_a: Tensor, logits_b: Tensor) -> str:
 
 
 class _NTXentLoss(torch.autograd.Function):
-    """Normalises as well: autograd would keep and make four more copies of the embeddings."""
+    """From the embeddings, of which the normalised rows of all ranks and their own norms are known already.
+
+    Normalisation belongs to it: autograd would keep and make four more copies of the embeddings.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         embeddings_a: Tensor,
         embeddings_b: Tensor,
+        z: Tensor,
+        norm: Tensor,
         sizes: Sequence[int],
         temperature: float,
         group: dist.ProcessGroup | None,
         ops: nt_xent.Implementation,
     ) -> Tensor:
-        own = torch.cat([embeddings_a, embeddings_b])
-        own = own.to(torch.promote_types(own.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_min_(SMALLEST_NORM)
-        z = distributed.gather_rows(own.div_(norm), sizes, group)
-        ctx.place = (sum(sizes[: distributed.rank(group)]), own.shape[0], temperature)
+        ctx.place = (sum(sizes[: distributed.rank(group)]), norm.shape[0], temperature)
         with torch.autocast(z.device.type, enabled=False):
             rows = ops.nt_xent_rows(z, *ctx.place)
         log_sum_exp, positive = distributed.gather_rows(torch.stack(rows, 1), sizes, group).unbind(1)
@@ -152,12 +153,13 @@ class _NTXentLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, log_sum_exp, norm = ctx.saved_tensors
         first_row, num_rows, _ = ctx.place
-        own = z[first_row : first_row + num_rows]
         with torch.autocast(z.device.type, enabled=False):
             grad = ctx.ops.nt_xent_rows_grad(z, log_sum_exp, *ctx.place)
+            own = z[first_row : first_row + num_rows].to(grad.dtype)
             radial = torch.bmm(own.unsqueeze(1), grad.unsqueeze(2)).squeeze(2)  # vecdot makes a copy in between
         grad.addcmul_(own, radial, value=-1).mul_(grads[0] * ctx.world_size / norm)
-        return *grad.to(ctx.dtype).chunk(2), None, None, None, None
+        del own
+        return *grad.to(ctx.dtype).chunk(2), None, None, None, None, None, None
 
 
 def nt_xent_loss(
@@ -178,7 +180,9 @@ def nt_xent_loss(
         embeddings_b: (N, D), same dtype: the second view.
         temperature: > 0.
         group: the ranks that share the batch; the default group if there is one.
-        impl: "auto", "fused" (raises if the extension is not there; it has CPU kernels only) or "torch".
+        impl: "auto", "fused" (raises if the extension is not there) or "torch". The fused loss on CUDA multiplies
+            bfloat16 and float16 embeddings, once normalised, in that dtype, and sums in float32; the others in
+            float32.
         shard_sizes: N of every rank in rank order, where the caller knows it; None asks the ranks, which
             costs a round trip on the host.
 
@@ -188,8 +192,29 @@ def nt_xent_loss(
     Raises:
         ValueError: shapes, dtypes or temperature do not fit, or the global batch has a single image.
 
-    Collective: all ranks must call; gathers 2G x D and 2G x 2 floats. None in the backward pass.
+    Collective: all ranks must call; gathers 2G x D values and 2G x 2 floats. None in the backward pass.
     Source: Chen et al., ICML 2020, equation 1.
+    """
+    finish = start_nt_xent_loss(
+        embeddings_a, embeddings_b, temperature=temperature, group=group, impl=impl, shard_sizes=shard_sizes
+    )
+    return finish()
+
+
+def start_nt_xent_loss(
+    embeddings_a: Tensor,
+    embeddings_b: Tensor,
+    *,
+    temperature: float = 0.5,
+    group: dist.ProcessGroup | None = None,
+    impl: str = "auto",
+    shard_sizes: Sequence[int] | None = None,
+) -> Callable[[], Tensor]:
+    """Start the gather of `nt_xent_loss`, which explains the arguments, and return what computes the rest.
+
+    Other work fits in between, other losses above all. On CUDA only the stream waits for the gather.
+
+    Collective: all ranks must call, and call what is returned, in the same order among their collectives.
     """
     ops = nt_xent.implementation(impl, embeddings_a.device)
     _check_embeddings(embeddings_a, embeddings_b, temperature)
@@ -197,8 +222,19 @@ def nt_xent_loss(
     if sum(sizes) < 2:
         raise ValueError("a global batch of 1 image has no negatives: give at least 2 images over all ranks")
     rows = [2 * size for size in sizes]
-    result: Tensor = _NTXentLoss.apply(embeddings_a, embeddings_b, rows, float(temperature), group, ops)
-    return result
+    with torch.no_grad():
+        own = torch.cat([embeddings_a, embeddings_b])
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_min_(SMALLEST_NORM)
+        own = own.div_(norm).to(nt_xent.operand_dtype(ops, embeddings_a))
+    gathered = distributed.start_gather_rows(own, rows, group)
+
+    def finish() -> Tensor:
+        z = gathered()
+        loss: Tensor = _NTXentLoss.apply(embeddings_a, embeddings_b, z, norm, rows, float(temperature), group, ops)
+        return loss
+
+    return finish
 
 
 def _check_embeddings(embeddings_a: Tensor, embeddings_b: Tensor, temperature: float) -> None:

@@ -53,6 +53,30 @@ def match_clusters(counts: Tensor | np.ndarray) -> np.ndarray:
     return matched
 
 
+def agreement(clusters: Tensor, selected: int, num_clusters: int) -> Tensor:
+    """Return which share of the other sub-heads puts each image where the selected one does.
+
+    Sub-heads number their clusters as they like, so each one's are first matched one to one with the selected one's,
+    over these images (Hungarian). That takes images enough: a single one always agrees.
+
+    Args:
+        clusters: (M, H) int64 in [0, K), by each sub-head.
+        selected: The sub-head to agree with, in [0, H).
+        num_clusters: K.
+
+    Returns:
+        (M,) float32 in [0, 1]; 1 where H = 1.
+    """
+    num_sub_heads = clusters.shape[1]
+    if num_sub_heads == 1:
+        return torch.ones(len(clusters))
+    counts = count_matrix(clusters, clusters[:, selected], num_clusters, num_clusters)
+    matched = torch.stack([torch.from_numpy(match_clusters(table)) for table in counts])  # (H, K)
+    renamed = matched.to(clusters.device).gather(1, clusters.T).T  # (M, H)
+    agreeing = (renamed == clusters[:, selected, None]).sum(1) - 1  # without the selected one itself
+    return agreeing.float() / (num_sub_heads - 1)
+
+
 def accuracy(counts: Tensor | np.ndarray) -> float:
     """Return the share of images in [0, 1] that lie in their cluster's matched class; NaN for no image."""
     table = _table(counts)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from iic_dist.figures import render
 from iic_dist.files import write_whole
@@ -62,6 +63,24 @@ class Monitor:
         """Show a matplotlib figure in TensorBoard."""
         if self.enabled:
             self.image(tag, render(figure), step)
+
+    def embedding(
+        self, tag: str, vectors: Tensor, labels: Mapping[str, Sequence[str]], images: Tensor, step: int
+    ) -> None:
+        """Show points in TensorBoard's projector.
+
+        Args:
+            vectors: (N, F) float.
+            labels: by the name of a column, a text for each point.
+            images: (N, 3, S, S) float in [0, 1], its picture.
+        """
+        if not self.enabled:
+            return
+        rows: list[Any] = [list(texts) for texts in zip(*labels.values(), strict=True)]
+        header = list(labels)
+        if len(header) == 1:  # the projector takes the first line of a single column for a point
+            rows, header = [text for [text] in rows], []
+        self._writer.add_embedding(vectors, rows, images, step, tag, metadata_header=header)
 
     def close(self) -> None:
         """Write out what is buffered and close the files."""

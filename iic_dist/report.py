@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from iic_dist import figures
 from iic_dist.augment import Views
@@ -15,6 +16,12 @@ from iic_dist.data import ImageSet
 from iic_dist.losses import IICTerms
 from iic_dist.monitor import Monitor
 from iic_dist.selection import used_clusters
+
+PROJECTED = 1000
+"""Images in TensorBoard's projector."""
+
+PROJECTED_PIXELS = 32
+"""Side at which it shows them, at most."""
 
 
 def head_numbers(head: str, terms: IICTerms) -> dict[str, Tensor]:
@@ -85,10 +92,38 @@ def show_clusters(
     """
     if not monitor.enabled:
         return
-    picture = figures.cluster_mosaic(evaluated.images, clusters, confidence, k)
-    monitor.image("clusters/most_confident", picture, step)
+    for tag, doubtful in (("most_confident", False), ("most_doubtful", True)):
+        picture = figures.cluster_mosaic(evaluated.images, clusters, confidence, k, doubtful=doubtful)
+        monitor.image(f"clusters/{tag}", picture, step)
     if counts is not None:
         monitor.figure("clusters/confusion", figures.confusion(counts, evaluated.class_names), step)
+
+
+def projector_sample(count: int) -> Tensor:
+    """Choose the images that TensorBoard's projector shows: up to 1000 of `count`, evenly spread, (n,) int64."""
+    shown = min(count, PROJECTED)
+    return torch.arange(shown) * count // max(1, shown)
+
+
+def show_embedding(
+    monitor: Monitor, step: int, evaluated: ImageSet, sample: Tensor, features: Tensor, clusters: Tensor
+) -> None:
+    """Show some images by the features that the network sees in them, in TensorBoard's projector.
+
+    Args:
+        evaluated: The images.
+        sample: (n,) int64, which of them.
+        features: (n, F).
+        clusters: (M,) of all of them.
+    """
+    pictures = evaluated.images[sample].float() / 255
+    side = min(PROJECTED_PIXELS, pictures.shape[-1])
+    pictures = F.interpolate(pictures, (side, side), mode="area").expand(-1, 3, -1, -1)
+    columns = {"cluster": [str(cluster) for cluster in clusters[sample.to(clusters.device)].tolist()]}
+    if evaluated.labels is not None:
+        names = (*evaluated.class_names, "none")  # -1 is the last one
+        columns["class"] = [names[label] for label in evaluated.labels[sample].tolist()]
+    monitor.embedding("features", features, columns, pictures, step)
 
 
 def summary(result: Mapping[str, Any]) -> str:

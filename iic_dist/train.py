@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 
-from iic_dist import distributed, metrics, report
+from iic_dist import distributed, folder_settings, metrics, report
 from iic_dist.build import load_data, run_folder
 from iic_dist.command_line import parse
 from iic_dist.config import Config
@@ -146,7 +147,7 @@ def main() -> None:
     place = Place.from_environment()
     with StopSignals() as stop:
         try:
-            train(parse(), place, stop)
+            train(parse(choose=partial(folder_settings.choose, say=partial(say, place))), place, stop)
         except UsageError as error:
             fail(place, error, 2)
         except (RunError, OSError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from iic_dist.errors import UsageError
 from iic_dist.evaluation import Evaluation, Evaluator
 from iic_dist.files import write_whole
 from iic_dist.guard import Poll, StepGuard
-from iic_dist.losses import IICTerms, iic_loss, nt_xent_loss
+from iic_dist.losses import IICTerms, iic_loss, start_nt_xent_loss
 from iic_dist.models import SubHeads, distribute, on_device
 from iic_dist.monitor import Monitor
 from iic_dist.optim import build_optimizer, learning_rate
@@ -56,7 +56,7 @@ class Trainer:
         self.config = complete(config, data.train)
         self.data, self.place, self.device = data, place, device
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
-        self.views = build_views(self.config, data.train)
+        self.views = build_views(self.config)
         train, optim = config.train, config.optim
         self.model = on_device(
             build_model(self.config, self.views.channels(data.train.images.shape[1]), self.views.size),
@@ -221,10 +221,14 @@ class Trainer:
         rows = [len(part) for part in inputs]
         total = torch.zeros((), device=self.device, dtype=self.dtype)
         terms: Terms = {}
-        for place, (heads, _) in enumerate(batches):
-            for head in heads:
-                loss, terms[head] = self._head_loss(head, outputs[head].split(rows)[place])
-                total = total + getattr(self.config.loss, head) * loss
+        losses = [
+            (head, self._start_loss(head, outputs[head].split(rows)[place]))
+            for place, (heads, _) in enumerate(batches)
+            for head in heads
+        ]
+        for head, finish in losses:  # the contrastive head is the last: its gather runs beside the other losses
+            loss, terms[head] = finish()
+            total = total + getattr(self.config.loss, head) * loss
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         skipped = self.guard.end(total.detach(), self.stop.received is not None, self.config.optim.clip_norm)
@@ -254,19 +258,28 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _head_loss(self, head: str, outputs: Tensor) -> tuple[Tensor, IICTerms | Tensor]:
-        """Return the loss to differentiate, and what to log of it."""
+    def _start_loss(self, head: str, outputs: Tensor) -> Callable[[], tuple[Tensor, IICTerms | Tensor]]:
+        """Return what computes the loss to differentiate, and what to log of it; start what others can wait for."""
         loss = self.config.loss
         n = len(outputs) // (1 + self.config.views.repeats)
         first, second = outputs[:n], outputs[n:]
-        if head == "contrastive":
-            shard_sizes = [n] * self.place.world_size
-            value = nt_xent_loss(
-                first, second[:n], temperature=loss.temperature, impl=loss.impl, shard_sizes=shard_sizes
-            )
+
+        def clustering() -> tuple[Tensor, IICTerms | Tensor]:
+            terms = iic_loss(first, second, entropy_weight=loss.entropy_weight, impl=loss.impl)
+            return terms.loss.mean(), terms._replace(loss=terms.loss.detach())
+
+        if head != "contrastive":
+            return clustering
+        shard_sizes = [n] * self.place.world_size
+        finish = start_nt_xent_loss(
+            first, second[:n], temperature=loss.temperature, impl=loss.impl, shard_sizes=shard_sizes
+        )
+
+        def contrastive() -> tuple[Tensor, IICTerms | Tensor]:
+            value = finish()
             return value, value.detach()
-        terms = iic_loss(first, second, entropy_weight=loss.entropy_weight, impl=loss.impl)
-        return terms.loss.mean(), terms._replace(loss=terms.loss.detach())
+
+        return contrastive
 
     def _evaluate(self) -> Evaluation:
         def heed() -> None:
@@ -307,7 +320,7 @@ class Trainer:
                 bar.write(f"epoch {epochs}: accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
         every = self.config.monitor.pictures_every
         if epochs == self.config.train.epochs or (every and epochs % every == 0):
-            self.evaluator.show(monitor, self.step, evaluation)
+            self.evaluator.show(monitor, self.step, evaluation, self.model)
         return result
 
     def resume(self, folder: Path, *, best: bool = False) -> bool:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import small_runs
 import torch
 from ranks import Ranks
 
@@ -26,3 +28,24 @@ def pair() -> Iterator[Ranks]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def gray_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 90 gray digits, 8 x 8, in three sub-folders."""
+    return small_runs.write_digits(tmp_path_factory.mktemp("gray"), 90)
+
+
+@pytest.fixture(scope="session")
+def gray_run(tmp_path_factory: pytest.TempPathFactory, gray_images: Path) -> Path:
+    """A run of three clusters on them; its figures are those of a few seconds."""
+    options = ["--train.epochs", "8", "--model.sub_heads", "3"]
+    return small_runs.train_on(gray_images, tmp_path_factory.mktemp("runs"), *options)
+
+
+@pytest.fixture(scope="session")
+def colour_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three clusters on 30 images of 12 x 12 in colour."""
+    folder = small_runs.write_colours(tmp_path_factory.mktemp("colours"), 30)
+    options = ["--train.epochs", "1", "--model.sub_heads", "2", "--model.backbone", "small_cnn"]
+    return small_runs.train_on(folder, tmp_path_factory.mktemp("runs"), *options)

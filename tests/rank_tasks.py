@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iic_dist import distributed, restart
 from iic_dist.build import load_data
+from iic_dist.clusterer import load
 from iic_dist.command_line import parse
 from iic_dist.distributed import Place
-from iic_dist.losses import iic_loss, nt_xent_loss
+from iic_dist.folder_prediction import FolderPrediction, predict_folder
+from iic_dist.losses import iic_loss, nt_xent_loss, start_nt_xent_loss
 from iic_dist.trainer import Trainer
 
 ENTROPY_WEIGHT = 1.5
@@ -49,6 +53,38 @@ def value_and_gradient(
         value = nt_xent_loss(a, b, temperature=TEMPERATURE, group=group)
     value.backward()
     return value.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+def interleaved_losses(
+    rank: int, group: dist.ProcessGroup, first: Tensor, second: Tensor, shards: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return both global losses of rows of 6, computed IIC while the embeddings are gathered."""
+    start = sum(shards[:rank])
+    a, b = (x[start : start + shards[rank]] for x in (first, second))
+    finish = start_nt_xent_loss(a, b, temperature=TEMPERATURE, group=group)
+    iic = iic_loss(a.reshape(-1, 2, 3), b.reshape(-1, 2, 3), group=group).loss.sum()
+    return finish(), iic
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the bytes that ops write into new memory, an allocation alone aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        if any(name in str(function) for name in ("copy", "cat", "clone", "_to_")):
+            self.bytes += result.nbytes
+        return result
+
+
+def bytes_copied_by_gather(rank: int, group: dist.ProcessGroup, sizes: list[int]) -> int:
+    """Gather float32 rows of 8 and return what was copied beside the collective."""
+    with _Copies() as copies:
+        distributed.gather_rows(torch.ones(sizes[rank], 8), sizes, group)
+    return copies.bytes
 
 
 def gather(rank: int, group: dist.ProcessGroup, sizes: list[int]) -> tuple[list[int], Tensor]:
@@ -169,3 +205,8 @@ def bad_step(rank: int, group: dist.ProcessGroup, arguments: list[str], place: s
         "finite": all(bool(value.isfinite().all()) for value in state()),
         "moved_afterwards": not all(map(torch.equal, after, state())),
     }
+
+
+def predicted(rank: int, group: dist.ProcessGroup | None, run: Path, images: Path) -> FolderPrediction:
+    """Cluster a folder on all ranks of the default group."""
+    return predict_folder(load(run, "cpu"), images)

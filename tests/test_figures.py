@@ -143,18 +143,20 @@ def test_confusion_draws_no_texts_for_many_classes() -> None:
     assert len(confusion(np.ones((21, 21), int), [str(c) for c in range(21)]).axes[0].texts) == 0
 
 
-def test_mosaic_rows_hold_the_most_confident_images_in_order() -> None:
+@pytest.mark.parametrize("doubtful", [False, True])
+def test_mosaic_rows_hold_the_most_or_least_confident_images_in_order(doubtful: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.rand(60, 4, generator=generator)
     probabilities[:, 2] = 0  # an empty cluster
     probabilities[:, 3] = 0
     probabilities[17, 3] = 2  # a cluster of one image
-    picture = cluster_mosaic(_coloured(60), probabilities.argmax(1), probabilities.amax(1), 4, per_cluster=5)
+    clusters, confidence = probabilities.argmax(1), probabilities.amax(1)
+    picture = cluster_mosaic(_coloured(60), clusters, confidence, 4, per_cluster=5, doubtful=doubtful)
     drawn = set()
     rows = []
     for k in range(4):
         members = [i for i in range(60) if max(range(4), key=lambda j: probabilities[i, j]) == k]
-        members = sorted(members, key=lambda i: -probabilities[i, k])[:5]
+        members = sorted(members, key=lambda i: float(probabilities[i, k]), reverse=not doubtful)[:5]
         places = [_place(picture, (255, i, 0)) for i in members]
         columns = [column for _, column in places]
         assert columns == sorted(set(columns))

@@ -12,23 +12,23 @@ import iic_dist
 PACKAGE = Path(iic_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-COMMANDS = {"train", "evaluate", "doctor"}
-SEES_CONFIG = COMMANDS | {"command_line", "build", "trainer", "config"}
+COMMANDS = {"train", "evaluate", "predict", "export", "doctor"}
+SEES_CONFIG = COMMANDS | {"command_line", "build", "trainer", "config", "clusterer", "folder_settings"}
 LEVEL = {
-    **dict.fromkeys(("errors", "__init__", "config"), 0),
+    **dict.fromkeys(("errors", "config"), 0),
     **dict.fromkeys(("ops", "distributed", "philox", "files", "stop"), 1),
     **dict.fromkeys(
         ("view_spec", "guard", "data", "models", "losses", "optim", "checkpoint", "metrics", "command_line"), 2
     ),
-    "command_line": 2,
-    **dict.fromkeys(("restart", "augment", "schedule", "figures", "selection"), 3),
+    **dict.fromkeys(("restart", "augment", "schedule", "figures", "selection", "folder_settings"), 3),
     **dict.fromkeys(("monitor", "inference"), 4),
     **dict.fromkeys(("report", "build"), 5),
     "evaluation": 6,
-    "trainer": 7,
-    "doctor": 8,
-    "train": 8,
-    "evaluate": 9,
+    "clusterer": 6,
+    **dict.fromkeys(("trainer", "folder_prediction"), 7),
+    **dict.fromkeys(("prediction_files", "gallery", "export", "__init__"), 8),
+    **dict.fromkeys(("doctor", "train"), 8),
+    **dict.fromkeys(("evaluate", "predict"), 9),
 }
 
 

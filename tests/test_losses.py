@@ -221,7 +221,7 @@ def test_an_unknown_implementation_is_refused() -> None:
         iic_loss(*logits(4, 1, 3, 1), impl="quick")
 
 
-SHARDS = [[12], [6, 6], [4, 4, 4], [7, 5], [1, 9, 2]]
+SHARDS = [[12], [6, 6], [4, 4, 4], [3, 3, 3, 3], [7, 5], [1, 9, 2], [2, 5, 1, 4]]
 
 
 @pytest.mark.parametrize("shards", SHARDS, ids=str)
@@ -240,6 +240,18 @@ def test_value_and_gradient_of_any_sharding_are_those_of_one_process(
     for value, gradients in ranks.run(len(shards), rank_tasks.value_and_gradient, loss, first, second, shards):
         torch.testing.assert_close(value, expected.detach(), rtol=0, atol=1e-10)
         torch.testing.assert_close(gradients, list(wanted), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shards", [[6, 6], [2, 5, 1, 4]], ids=str)
+def test_other_losses_fit_between_start_and_end_of_nt_xent(
+    ranks: Ranks, shards: list[int], generator: torch.Generator
+) -> None:
+    first = torch.randn(12, 6, generator=generator, dtype=torch.float64)
+    second = first + torch.randn(12, 6, generator=generator, dtype=torch.float64)
+    logits = [x.reshape(12, 2, 3) for x in (first, second)]
+    expected = published.nt_xent(first, second, rank_tasks.TEMPERATURE), published.iic(*logits, 1.0).sum()
+    for values in ranks.run(len(shards), rank_tasks.interleaved_losses, first, second, shards):
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-10)
 
 
 def test_one_image_over_all_ranks_has_no_negatives(ranks: Ranks) -> None:

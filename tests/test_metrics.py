@@ -8,9 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
 
-from iic_dist.metrics import accuracy, ari, count_matrix, match_clusters, nmi
+from iic_dist.metrics import accuracy, agreement, ari, count_matrix, match_clusters, nmi
 
 SHAPES = [(2, 2), (4, 4), (6, 6), (6, 3), (3, 6), (5, 1), (1, 5)]
 
@@ -115,3 +116,22 @@ def test_nothing_counted_is_nan() -> None:
     assert math.isnan(accuracy(counts))
     assert math.isnan(nmi(counts))
     assert math.isnan(ari(counts))
+
+
+def test_agreement_after_matching_is_that_of_scipy_by_hand() -> None:
+    generator = np.random.default_rng(0)
+    selected = generator.integers(0, 4, 300)
+    others = [np.where(generator.random(300) < noise, generator.integers(0, 4, 300), selected) for noise in (0.1, 0.6)]
+    renamed = [generator.permutation(4)[other] for other in others]
+    clusters = torch.from_numpy(np.stack([renamed[0], selected, renamed[1]], axis=1))
+    expected = np.zeros(300)
+    for other in renamed:
+        table = confusion_matrix(other, selected)
+        rows, columns = linear_sum_assignment(-table)
+        expected += (columns[np.argsort(rows)][other] == selected) / 2
+    assert agreement(clusters, 1, 4).tolist() == expected.tolist()
+    assert 0.5 < expected.mean() < 0.95
+
+
+def test_agreement_of_one_sub_head_is_whole() -> None:
+    assert agreement(torch.tensor([[0], [2]]), 0, 3).tolist() == [1.0, 1.0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -60,6 +61,19 @@ def test_pictures_reach_tensorboard(tmp_path: Path) -> None:
     assert (drawn.step, drawn.width, drawn.height) == (4, 200, 100)
 
 
+def test_points_reach_the_projector(tmp_path: Path) -> None:
+    vectors = torch.arange(6.0).view(3, 2)
+    labels = {"cluster": ["0", "1", "0"], "class": ["cat", "dog", "a\u00fc"]}
+    with Monitor(tmp_path, enabled=True, resume_step=None) as monitor:
+        monitor.embedding("features", vectors, labels, torch.rand(3, 3, 4, 4), 7)
+    folder = tmp_path / "00007" / "features"
+    assert np.array_equal(np.loadtxt(folder / "tensors.tsv"), vectors.numpy())
+    lines = (folder / "metadata.tsv").read_text().splitlines()
+    assert lines == ["cluster\tclass", "0\tcat", "1\tdog", "0\ta\u00fc"]
+    assert Image.open(folder / "sprite.png").size == (8, 8)  # four places of 4 px
+    assert 'tensor_path: "00007/features/tensors.tsv"' in (tmp_path / "projector_config.pbtxt").read_text()
+
+
 def test_resuming_drops_the_steps_after_the_checkpoint(tmp_path: Path) -> None:
     with Monitor(tmp_path, enabled=True, resume_step=None) as monitor:
         for step in (10, 20, 30, 40):
@@ -98,6 +112,7 @@ def test_a_disabled_monitor_touches_nothing(tmp_path: Path) -> None:
         monitor.scalars(1, {"loss": 1.0})
         monitor.image("views", np.zeros((4, 4, 3), np.uint8), 1)
         monitor.figure("confusion", Figure(), 1)
+        monitor.embedding("features", torch.zeros(1, 2), {"cluster": ["0"]}, torch.zeros(1, 3, 4, 4), 1)
     assert not run_dir.exists()
 
 

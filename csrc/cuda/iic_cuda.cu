@@ -23,16 +23,12 @@
 #include "iic_library.cuh"
 #include "iic_small.cuh"
 #include "iic_tiled.cuh"
+#include "launch.h"
 
 namespace iic_dist {
 namespace {
 
 using c10::cuda::getCurrentCUDAStream;
-
-// Of an H100. Not asked of the device, so that the order of summation is the same on all of them.
-constexpr int kMultiprocessors = 132;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 at::ScalarType acc_type(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 

@@ -1,4 +1,5 @@
-// Device code that the loss kernels share: reductions in a fixed order, strided rows, a softmax in registers.
+// Device code that the loss kernels share: reductions in a fixed order, a fast exponential, strided rows,
+// a softmax in registers.
 #pragma once
 
 #include <cmath>
@@ -48,6 +49,13 @@ __device__ T block_sum(T value, T* scratch) {
   T sum = 0;
   for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) sum += scratch[warp];
   return sum;
+}
+
+// 2^x to 2^-22 relative; 0 below 2^-126.
+__device__ inline float fast_exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
 }
 
 // max(x, low) that lets NaN pass, which fmax does not.

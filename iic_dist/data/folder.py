@@ -70,7 +70,7 @@ def load_folder(
     if labels:
         _class_names(paths, folder)  # an error now rather than after the decoding
     images, kept, malformed = _decode_all(root, paths, image_size, max_pixels, progress)
-    problems = [(_printable(path), reason) for path, reason in sorted(problems + malformed)]
+    problems = [(printable(path), reason) for path, reason in sorted(problems + malformed)]
     if unreadable is not None:
         unreadable.extend(problems)
     if not kept:
@@ -90,7 +90,7 @@ def load_folder(
     classes = _class_names(kept, folder)
     number = {class_name: i for i, class_name in enumerate(classes)}
     targets = [number[path.split("/")[0]] if "/" in path else -1 for path in kept]
-    return ImageSet(name, images, torch.tensor(targets), tuple(map(_printable, classes)), tuple(kept))
+    return ImageSet(name, images, torch.tensor(targets), tuple(map(printable, classes)), tuple(kept))
 
 
 def _class_names(paths: list[str], folder: Path) -> list[str]:
@@ -117,7 +117,7 @@ def list_images(root: Path, follow_links: bool) -> tuple[list[str], Unreadable]:
             with os.scandir(root / folder) as scan:
                 entries = [entry for entry in scan if not entry.name.startswith(".")]
         except OSError as error:
-            refused.append((folder or ".", _reason(error)))
+            refused.append((folder or ".", reason_for(error)))
             continue
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
@@ -174,7 +174,7 @@ def _decode_all(
             try:
                 images[len(kept)] = decode_image(root / path, image_size, max_pixels)
             except Exception as error:  # a malformed file can raise nearly anything
-                malformed.append((path, _reason(error)))
+                malformed.append((path, reason_for(error)))
             else:
                 kept.append(path)
     images = images[: len(kept)]
@@ -203,9 +203,27 @@ def decode_image(path: Path, image_size: int, max_pixels: int = MAX_PIXELS) -> T
         image.load()
         with contextlib.suppress(Exception):  # a damaged EXIF block does not make the pixels bad
             ImageOps.exif_transpose(image, in_place=True)
-        # Square first: a strip of 20000 x 1 resized by its shorter side would be 20000 squares long.
-        square = ImageOps.fit(_to_rgb(image), (image_size, image_size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+        return square(image, image_size)
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """Read width and height of an image file in pixels, without decoding it, before it is turned as its EXIF says.
+
+    Raises:
+        Exception: the header is malformed.
+    """
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            return image.size
+
+
+def square(image: Image.Image, image_size: int) -> Tensor:
+    """Resize the central square of a picture: (3, S, S) uint8 RGB. See `decode_image`; the EXIF is not looked at."""
+    # Square first: a strip of 20000 x 1 resized by its shorter side would be 20000 squares long.
+    fitted = ImageOps.fit(_to_rgb(image), (image_size, image_size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -220,14 +238,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def reason_for(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or its header is damaged"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return _printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+    return printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Escape what would break a line or an encoding; a file name may hold any byte but "/" and NUL."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -29,3 +29,25 @@ class ImageSet:
     def num_classes(self) -> int:
         """Number of labelled classes; 0 without labels."""
         return len(self.class_names)
+
+    def with_channels(self, channels: int) -> ImageSet:
+        """Return the set in gray (1) or RGB (3); see `to_channels`."""
+        return replace(self, images=to_channels(self.images, channels))
+
+
+def to_channels(images: Tensor, channels: int) -> Tensor:
+    """Make images gray or RGB as Pillow does: gray is the luma (ITU-R 601), RGB of a gray image has it three times.
+
+    Args:
+        images: (..., C, H, W) uint8, C is 1 or 3.
+        channels: 1 or 3.
+
+    Returns:
+        (..., channels, H, W) uint8; a gray image comes back from RGB unchanged. `images` itself where nothing is to do.
+    """
+    if images.shape[-3] == channels:
+        return images
+    if channels == 3:
+        return images.expand(*images.shape[:-3], 3, *images.shape[-2:])
+    red, green, blue = (plane.int() for plane in images.split(1, dim=-3))
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(images.dtype)

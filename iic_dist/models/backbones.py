@@ -73,6 +73,7 @@ def build_backbone(
     image_size: int,
     norm: Norm = "batch",
     pretrained: bool = False,
+    fetch_weights: bool = True,
     width: int | None = None,
 ) -> Backbone:
     """Build a backbone by name.
@@ -87,6 +88,7 @@ def build_backbone(
         norm: "batch", "group" or "none". Batch statistics depend on who shares the rank, the other two not.
             torchvision's networks mean their own norm by "batch", and not all have the others.
         pretrained: start from torchvision's ImageNet weights, fetched where they are not there yet.
+        fetch_weights: False builds the network that belongs to `pretrained` without these weights.
         width: channels of the first stage of small_cnn (default 32); of no other.
 
     Returns:
@@ -113,7 +115,7 @@ def build_backbone(
     elif name in ("resnet18", "resnet34") and image_size <= SMALL_IMAGE and not pretrained:
         net = _small_image_stem(torchvision_backbone(name, 3, image_size, norm), in_channels)
     else:
-        net = torchvision_backbone(name, in_channels, image_size, norm, pretrained)
+        net = torchvision_backbone(name, in_channels, image_size, norm, pretrained, fetch_weights)
     if norm == "none" and isinstance(net, ResNet):
         initialise_without_norm(net)
     return Backbone(net, torch.zeros(1, in_channels, image_size, image_size), name)

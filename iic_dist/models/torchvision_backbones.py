@@ -28,9 +28,11 @@ def torchvision_names() -> tuple[str, ...]:
 
 
 def torchvision_backbone(
-    name: str, in_channels: int, image_size: int, norm: Norm, pretrained: bool = False
+    name: str, in_channels: int, image_size: int, norm: Norm, pretrained: bool = False, fetch_weights: bool = True
 ) -> nn.Module:
     """Build torchvision's `name` without its classifier, with whatever norm it has where `norm` is "batch".
+
+    Without `fetch_weights`, a `pretrained` network has its layers and not its weights.
 
     Raises:
         UsageError: the network offers no such norm or does not take such images, or its weights do not fit or
@@ -41,9 +43,10 @@ def torchvision_backbone(
             f"pretrained weights of {name!r} need norm batch and 3 channels, not {norm} and {in_channels}: "
             "change these or set pretrained to false"
         )
-    options: dict[str, Any] = {"weights": "DEFAULT"} if pretrained else {}
-    if name in ("googlenet", "inception_v3") and not pretrained:
+    options: dict[str, Any] = {"weights": "DEFAULT"} if pretrained and fetch_weights else {}
+    if name in ("googlenet", "inception_v3") and not options:
         options["init_weights"] = True  # the default too, but then with a warning
+        options["transform_input"] = pretrained  # what the weights are for
     if name.startswith("vit_") and not pretrained:
         options["image_size"] = image_size
     net = _build(functools.partial(torchvision.models.get_model, name, **options), name, norm)

@@ -1,8 +1,10 @@
 """The two steps of NT-Xent on one rank: log-sum-exp of its rows, gradient of its rows.
 
 The functions here are plain PyTorch and have the signatures of the native ops in csrc/library.cpp;
-`implementation` gives either. Both walk over blocks of rows, so that no 2G x 2G matrix exists. The collectives
-stand in `iic_dist.losses`.
+`implementation` gives either. Both walk over blocks of rows, so that no 2G x 2G matrix exists. On CUDA the native ops
+are kernels of their own for rows of up to 1 KiB (D <= 512 in bfloat16 and float16, D <= 256 in float32); longer rows
+and float64 go through the library's products, block by block (csrc/cuda/nt_xent_cuda.cu). The collectives stand in
+`iic_dist.losses`.
 Source: Chen et al., SimCLR, ICML 2020, equation 1.
 """
 
@@ -93,16 +95,21 @@ def _load_fused() -> Implementation:
 
 
 def _fake_rows(z: Tensor, first_row: int, num_rows: int, temperature: float) -> tuple[Tensor, Tensor]:
-    return z.new_empty(num_rows), z.new_empty(num_rows)
+    log_sum_exp = z.new_empty(num_rows, dtype=_accumulator(z))
+    return log_sum_exp, torch.empty_like(log_sum_exp)
 
 
 def _fake_rows_grad(z: Tensor, log_sum_exp: Tensor, first_row: int, num_rows: int, temperature: float) -> Tensor:
-    return z.new_empty(num_rows, z.shape[1])
+    return z.new_empty(num_rows, z.shape[1], dtype=_accumulator(z))
+
+
+def _accumulator(embeddings: Tensor) -> torch.dtype:
+    return torch.promote_types(embeddings.dtype, torch.float32)
 
 
 TORCH = Implementation(nt_xent_rows, nt_xent_rows_grad)
 DEVICES = backend.devices_of("nt_xent_rows", "nt_xent_rows_grad")
-"""The device types of the native ops: the extension may be built for CUDA and have none of these kernels for it."""
+"""The device types of the native ops: none of an extension that is older than they are."""
 FUSED = _load_fused() if DEVICES else None
 
 
@@ -110,3 +117,13 @@ def implementation(impl: str, device: torch.device) -> Implementation:
     """Resolve `impl` ("auto", "fused" or "torch") for tensors on `device`; see `backend.choose`."""
     chosen = backend.choose(impl, device.type, DEVICES, "nt_xent")
     return FUSED if FUSED is not None and chosen == "fused" else TORCH
+
+
+def operand_dtype(ops: Implementation, embeddings: Tensor) -> torch.dtype:
+    """Return the dtype in which `ops` takes these embeddings.
+
+    The CUDA kernels multiply bfloat16 and float16 as they are; everything else wants at least float32.
+    """
+    if ops is FUSED and embeddings.device.type == "cuda":
+        return embeddings.dtype
+    return _accumulator(embeddings)

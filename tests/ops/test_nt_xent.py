@@ -272,7 +272,7 @@ def test_ops_check_their_arguments() -> None:
 
 
 def test_a_device_without_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build for CUDA has the IIC kernels for it and not yet these."""
+    """An older build may lack these ops where it has others."""
     monkeypatch.setattr(backend, "WHY_NOT_FUSED", None)
     monkeypatch.setattr(backend, "FUSED_DEVICES", frozenset({"cpu", "cuda"}))
     monkeypatch.setattr(nt_xent, "DEVICES", frozenset({"cpu"}))

@@ -1,0 +1,149 @@
+"""Predict: `python -m iic_dist.predict --run runs/NAME --images DIR --output clusters.csv` clusters a folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from iic_dist import clusterer, distributed, gallery, prediction_files
+from iic_dist.distributed import Place
+from iic_dist.errors import UsageError
+from iic_dist.folder_prediction import FolderPrediction, predict_folder
+from iic_dist.train import use_threads
+
+_NAMED = 10  # unreadable files that are printed
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m iic_dist.predict",
+        description="Put each image of a folder into a cluster of a trained run; also under torchrun, with the same "
+        "output. No label and none of the images that the run was trained on is needed.",
+    )
+    parser.add_argument(
+        *("--run", "--folder"),
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder of the run, runs/NAME; under torchrun, which takes --run for its own --run-path, say --folder",
+    )
+    parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="the image folder, in any nesting")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="table of path, cluster, confidence, agreement of the sub-heads: .csv, .jsonl or .parquet",
+    )
+    parser.add_argument("--link-to", type=Path, metavar="DIR", help="make a folder for each cluster, of links")
+    parser.add_argument("--copy", action="store_true", help="with --link-to: copies instead of links")
+    parser.add_argument("--embeddings", type=Path, metavar="FILE.npy", help="features of the network, a row an image")
+    parser.add_argument("--gallery", type=Path, metavar="FILE.html", help="one page that shows every cluster")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    return parser.parse_args()
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Find what could not be written before the images are clustered, not after."""
+    if not any((options.output, options.link_to, options.embeddings, options.gallery)):
+        raise UsageError("nothing to do: ask for --output, --link-to, --embeddings or --gallery")
+    if options.copy and not options.link_to:
+        raise UsageError("--copy: copies for --link-to, which is not asked for")
+    if options.output:
+        prediction_files.check_table(options.output)
+    if options.link_to:
+        prediction_files.check_link_folder(options.link_to, options.images)
+    for option, path, ending in (
+        ("--embeddings", options.embeddings, ".npy"),
+        ("--gallery", options.gallery, ".html"),
+    ):
+        if path and path.suffix != ending:
+            raise UsageError(f"{option} {path}: its name must end in {ending}")
+        if path:
+            prediction_files.check_parent(option, path)
+
+
+def predict(options: argparse.Namespace, place: Place) -> None:
+    """Cluster a folder and write what is asked for.
+
+    Raises:
+        UsageError: there is no such run or folder, or a file could not be written.
+
+    Collective: all ranks must call; rank 0 writes.
+    """
+    _check(options)
+    run = clusterer.load(options.run, options.device)
+    use_threads(run.config, place)
+    distributed.start(place, run.device, run.config.run.timeout_minutes)
+    found = predict_folder(run, options.images, progress=place.is_main and not options.no_progress)
+    if not place.is_main:
+        return
+    agreement = found.prediction.agreement()
+    for line in _summary(found, agreement, run.num_clusters):
+        print(line, flush=True)
+    _write(options, found, agreement, run.num_clusters)
+
+
+def _write(options: argparse.Namespace, found: FolderPrediction, agreement: Tensor, num_clusters: int) -> None:
+    prediction = found.prediction
+    table = list(prediction_files.rows(found.paths, prediction.clusters, prediction.confidence, agreement))
+    written: list[Path] = []
+    if options.output:
+        prediction_files.write_table(options.output, table)
+        written.append(options.output)
+    if options.output and found.unreadable:
+        names = options.output.with_name(options.output.name + ".unreadable.txt")
+        names.write_text("".join(f"{path}\t{reason}\n" for path, reason in found.unreadable), encoding="utf-8")
+        written.append(names)
+    if options.embeddings:
+        prediction_files.write_embeddings(options.embeddings, prediction.embeddings)
+        written.append(options.embeddings)
+    if options.link_to:
+        prediction_files.link_images(options.link_to, options.images, table, num_clusters, options.copy)
+        written.append(options.link_to)
+    if options.gallery:
+        gallery.write(options.gallery, found, agreement, num_clusters)
+        written.append(options.gallery)
+    print(f"written: {', '.join(map(str, written))}", flush=True)
+
+
+def _summary(found: FolderPrediction, agreement: Tensor, num_clusters: int) -> Iterable[str]:
+    """Say in some lines how many images went where, and what could not be read."""
+    clusters, confidence = found.prediction.clusters, found.prediction.confidence
+    used = int(clusters.unique().numel())
+    yield (
+        f"{len(found.paths)} images in {used} of {num_clusters} clusters; "
+        f"mean confidence {confidence.mean():.3f}, agreement {agreement.mean():.3f}"
+    )
+    sizes = torch.bincount(clusters, minlength=num_clusters).tolist()
+    yield f"images of each cluster: {', '.join(f'{number}: {size}' for number, size in enumerate(sizes))}"
+    if found.unreadable:
+        yield f"{len(found.unreadable)} files could not be read:"
+    for path, reason in found.unreadable[:_NAMED]:
+        yield f"  {path}: {reason}"
+    if len(found.unreadable) > _NAMED:
+        yield f"  and {len(found.unreadable) - _NAMED} more; --output FILE names all of them in FILE.unreadable.txt"
+
+
+def main() -> None:
+    """Predict, and turn a caller's mistake into one line and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options, place = _options(), Place.from_environment()
+    try:
+        predict(options, place)
+    except (UsageError, OSError) as error:
+        if place.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What a prediction leaves: a table of the images, a folder for each cluster, the embeddings."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from iic_dist.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of the table.
+
+    Attributes:
+        path: Below the image folder; bytes that are not UTF-8 as surrogates, as Python reads file names.
+        cluster: In [0, K).
+        confidence: Its probability, in (0, 1].
+        agreement: Share of the other sub-heads that agree, in [0, 1].
+    """
+
+    path: str
+    cluster: int
+    confidence: float
+    agreement: float
+
+
+def rows(paths: Iterable[str], clusters: Tensor, confidence: Tensor, agreement: Tensor) -> Iterator[Row]:
+    """Yield the table's rows; the floats with six digits."""
+    columns = (clusters.tolist(), confidence.tolist(), agreement.tolist())
+    for path, cluster, sure, agreed in zip(paths, *columns, strict=True):
+        yield Row(path, cluster, round(sure, 6), round(agreed, 6))
+
+
+def check_table(path: Path) -> None:
+    """Raise a UsageError unless `write_table` can write a file of this name."""
+    if path.suffix not in _WRITERS:
+        raise UsageError(f"--output {path}: its name must end in {', '.join(_WRITERS)}")
+    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UsageError(f"--output {path}: .parquet needs pyarrow (pip install pyarrow); .csv and .jsonl need nothing")
+    check_parent("--output", path)
+
+
+def check_parent(option: str, path: Path) -> None:
+    """Raise a UsageError unless a file of this name can come to lie there."""
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"{option} {path}: is a folder")
+
+
+def check_link_folder(target: Path, images: Path) -> None:
+    """Raise a UsageError unless `link_images` may write to `target`: new or empty, and not among the images."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"--link-to {target}: is there already and nothing is overwritten; name a new folder")
+    if target.resolve().is_relative_to(images.resolve()):
+        raise UsageError(f"--link-to {target}: lies in the image folder {images}, where it would count as images")
+
+
+def write_table(path: Path, table: Iterable[Row]) -> None:
+    """Write the rows to a file, whole or not at all; its ending says how.
+
+    .csv: UTF-8 with a header, quoted where it must be. .jsonl: an object a line. .parquet: zstd-compressed columns.
+    A path that is not UTF-8 keeps its bytes in .csv (read it with errors="surrogateescape") and .jsonl; Parquet has
+    no such strings, there it gets \\xNN in their place.
+    """
+    part = path.with_name(f".{path.name}.part")
+    _WRITERS[path.suffix](part, table)
+    part.replace(path)
+
+
+def _write_csv(path: Path, table: Iterable[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        plain = csv.writer(file, lineterminator="\n")
+        quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        plain.writerow(Row.__annotations__)
+        for row in table:
+            writer = quoted if "\r" in row.path else plain  # before Python 3.13 a lone \r got no quotes
+            writer.writerow((row.path, row.cluster, f"{row.confidence:.6f}", f"{row.agreement:.6f}"))
+
+
+def _write_jsonl(path: Path, table: Iterable[Row]) -> None:
+    with path.open("w", encoding="ascii") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in table)
+
+
+def _write_parquet(path: Path, table: Iterable[Row]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns: dict[str, list[object]] = {name: [] for name in Row.__annotations__}
+    for row in table:
+        columns["path"].append(os.fsencode(row.path).decode("utf-8", "backslashreplace"))
+        columns["cluster"].append(row.cluster)
+        columns["confidence"].append(row.confidence)
+        columns["agreement"].append(row.agreement)
+    types = (pyarrow.string(), pyarrow.int32(), pyarrow.float32(), pyarrow.float32())
+    schema = pyarrow.schema(list(zip(columns, types, strict=True)))
+    pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), path, compression="zstd")
+
+
+_WRITERS: dict[str, Callable[[Path, Iterable[Row]], None]] = {
+    ".csv": _write_csv,
+    ".jsonl": _write_jsonl,
+    ".parquet": _write_parquet,
+}
+
+
+def write_embeddings(path: Path, embeddings: Tensor) -> None:
+    """Write (M, F) float32 as .npy, a row for each row of the table, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        np.save(file, embeddings.numpy())
+    part.replace(path)
+
+
+def link_images(target: Path, root: Path, table: Iterable[Row], num_clusters: int, copy: bool) -> None:
+    """Make a folder for each cluster, which holds links to its images, or copies, under their paths below `root`.
+
+    Args:
+        target: New or empty; its sub-folders are cluster-0 to cluster-(K - 1), with zeros in front.
+        root: The image folder; the links name it from the root of the file system.
+        table: The images.
+        num_clusters: K.
+        copy: Copy the files, with their times.
+    """
+    digits = len(str(num_clusters - 1))
+    names = [f"cluster-{number:0{digits}}" for number in range(num_clusters)]
+    for name in names:
+        (target / name).mkdir(parents=True)
+    for row in table:
+        # The whole path below the root, so that no two images fall together.
+        place, source = target / names[row.cluster] / row.path, root.absolute() / row.path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if copy:
+            shutil.copy2(source, place)
+        else:
+            place.symlink_to(source)
