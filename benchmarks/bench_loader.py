@@ -37,6 +37,13 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - before
 
 
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Time of this process and of children that it has waited for, in user and system."""
+    before = os.times()
+    work()
+    return sum(after - earlier for after, earlier in zip(os.times()[:4], before[:4], strict=True))
+
+
 def make_photos(folder: Path, count: int) -> None:
     """JPEG files of smooth random colours with some noise, about 25 kB each, in folders of 500."""
     rng = np.random.default_rng(0)
@@ -56,7 +63,8 @@ def measure_listing(scratch: Path) -> dict[str, Any]:
         for number in range(100):
             (scratch / f"{folder:04}" / f"{number:03}.jpg").touch()
     times = [seconds(lambda: list_images(scratch, follow_links=False)) for _ in range(3)]
-    return {"files": LISTED, "median_s": statistics.median(times), "runs": len(times)}
+    cpu = cpu_seconds(lambda: list_images(scratch, follow_links=False))
+    return {"files": LISTED, "median_s": statistics.median(times), "runs": len(times), "cpu_s": cpu}
 
 
 def measure_decoding(photos: Path, count: int, rounds: int) -> dict[str, Any]:
@@ -65,10 +73,11 @@ def measure_decoding(photos: Path, count: int, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for workers, taken in times.items():
             taken.append(seconds(lambda workers=workers: load(photos, None, workers=workers)))
-    return {
+    speeds = {
         f"{workers} workers": {"images_per_second": count / statistics.median(taken), "runs": len(taken)}
         for workers, taken in times.items()
     }
+    return {"images_per_cpu_second": count / cpu_seconds(lambda: load(photos, None, workers=0)), **speeds}
 
 
 def load(folder: Path, cache: Path | None, **options: Any) -> Tensor:
