@@ -69,7 +69,7 @@ def load_data(config: Config, place: Place) -> RunData:
         train = load(data.train_on)
         evaluation = train if data.evaluate_on == data.train_on else load(data.evaluate_on)
         unlabelled = load("unlabelled") if data.unlabelled else None
-    checksums = distributed.gather_values(train.checksum)
+    checksums = distributed.gather_objects(train.checksum)
     if len(set(checksums)) > 1:
         other = next(rank for rank, checksum in enumerate(checksums) if checksum != checksums[0])
         raise UsageError(

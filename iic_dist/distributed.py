@@ -215,17 +215,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather_values(value: T) -> list[T]:
-    """Return every rank's `value`, in rank order.
-
-    Collective: all ranks must call. Sync: waits on the host.
-    """
-    values: list[Any] = [value] * world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 @contextlib.contextmanager
 def local_main_first(place: Place) -> Iterator[None]:
     """Let local rank 0 of each machine do its work before the others do theirs, however long it takes.

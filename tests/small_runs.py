@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from iic_dist import folder_settings
 from iic_dist.command_line import parse
 from iic_dist.distributed import Place
+from iic_dist.stop import StopSignals
 from iic_dist.train import train
 
 ODD_NAMES = (
@@ -59,7 +60,7 @@ def train_on(images: Path, root: Path, *options: str) -> Path:
     arguments = [
         *("--data.name", f"folder:{images}", "--model.num_clusters", "3", "--run.root", str(root), "--run.name", "run"),
         *("--run.threads", "1", "--run.device", "cpu", "--monitor.progress", "false"),
-        *("--train.evaluate_batch_size", "16", *options),
+        *("--data.cache", str(root / "decoded"), "--train.evaluate_batch_size", "16", *options),
     ]
-    train(parse(arguments, partial(folder_settings.choose, say=lambda line: None)), Place())
+    train(parse(arguments, partial(folder_settings.choose, say=lambda line: None)), Place(), StopSignals())
     return root / "run"

@@ -107,7 +107,7 @@ def test_the_next_batch_of_a_pass_is_asked_for_while_this_one_trains(pictures: P
 
 def test_ranks_that_see_other_images_end_with_one_line(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse(folder_options(pictures))
-    monkeypatch.setattr(distributed, "gather_values", lambda value: [value, value, value + 1])
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, value, value + 1])
     with pytest.raises(UsageError, match=r"pictures holds other images for rank 2 than for rank 0"):
         load_data(config, Place())
 
