@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from iic_dist.models import ClusterNet
 
 @dataclass(frozen=True)
 class Assignments:
-    """What the clustering head says of one rank's share of M images.
+    """What a head with clusters says of one rank's share of M images.
 
     Attributes:
         shares: Number of images of each rank, in rank order; together all M.
@@ -45,16 +46,18 @@ def assign(
     model: ClusterNet,
     views: Views,
     images: DeviceImages,
+    heads: Sequence[str],
     *,
     batch_size: int = 1000,
     dtype: torch.dtype = torch.float32,
-) -> Assignments:
-    """Run the clustering head in evaluation mode over this rank's share of the images.
+) -> dict[str, Assignments]:
+    """Run heads with clusters in evaluation mode over this rank's share of the images.
 
     Args:
         model: Not wrapped in DDP; its mode is restored.
         views: `views.evaluation` makes the input.
         images: All M images, on every rank.
+        heads: Which heads.
         batch_size: Images of one forward pass.
         dtype: Of the network's input.
     """
@@ -63,13 +66,19 @@ def assign(
     own = torch.arange(bounds[rank], bounds[rank + 1])
     was_training = model.training
     model.eval()
-    confidence, clusters = [], []
+    parts = []
     for indices in own.split(batch_size):
         resident, rows, _ = images.gather(indices)
-        logits = model(views.evaluation(resident, rows, dtype=dtype), ["clustering"])["clustering"]
-        best = torch.softmax(logits.float(), -1).max(-1)
-        confidence.append(best.values)
-        clusters.append(best.indices)
+        logits = model(views.evaluation(resident, rows, dtype=dtype), heads)
+        parts.append({head: torch.softmax(logits[head].float(), -1).max(-1) for head in heads})
     model.train(was_training)
     shares = [stop - start for start, stop in itertools.pairwise(bounds)]
-    return Assignments(shares, own, torch.cat(clusters), torch.cat(confidence))
+    return {
+        head: Assignments(
+            shares,
+            own,
+            torch.cat([part[head].indices for part in parts]),
+            torch.cat([part[head].values for part in parts]),
+        )
+        for head in heads
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from iic_dist import checkpoint, distributed, report
-from iic_dist.build import RunData, build_model, build_schedule, build_views, complete
+from iic_dist.build import RunData, build_model, build_objectives, build_schedule, build_views, complete
 from iic_dist.config import Config
 from iic_dist.data import Batch, DeviceImages
 from iic_dist.distributed import Place
 from iic_dist.evaluation import Evaluation, Evaluator
+from iic_dist.health import Recommendation, recommend
 from iic_dist.losses import IICTerms, iic_loss, nt_xent_loss
 from iic_dist.models import SubHeads, distribute, on_device
 from iic_dist.monitor import Monitor
 from iic_dist.optim import build_optimizer, learning_rate
-from iic_dist.schedule import Pass
+from iic_dist.schedule import Pass, kind
 from iic_dist.selection import SubHeadLosses
+from iic_dist.stuck import StuckSubHeads
 
 Terms = dict[str, IICTerms | Tensor]
 """Of each head that took part in a step: its IIC terms, or its contrastive loss; on the device, no gradient."""
@@ -58,8 +60,8 @@ class Trainer:
             sync_batchnorm=train.sync_batchnorm,
             channels_last=train.channels_last,
         )
-        assert self.config.model.num_clusters is not None, "complete() has seen to it"
-        self.num_clusters = self.config.model.num_clusters
+        heads = {name: head for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
+        self.shapes = {name: head.shape for name, head in heads.items()}
         self._put_images()
         self.schedule = build_schedule(config, place, len(data.train.images), len(self.images))
         self.total_steps = self.schedule.total_steps(train.epochs)
@@ -69,8 +71,21 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
         )
-        shapes = {name: head.shape for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
-        self.sub_heads = SubHeadLosses(shapes, config.loss.entropy_weight, device, self.dtype)
+        self.objectives = build_objectives(self.config, device)
+        self.sub_heads = SubHeadLosses(self.shapes, self.objectives, device, self.dtype)
+        clustering = self.config.clustering_heads
+        self.stuck = StuckSubHeads(
+            {name: heads[name] for name in clustering},
+            self.optimizer,
+            # Where several K are compared by the agreement of their sub-heads, copies would spoil it.
+            patience=train.restart_after if len(clustering) == 1 else 0,
+            seed=config.run.seed,
+        )
+        self.weights = {
+            head: getattr(config.loss, kind(head)) / (len(clustering) if head in clustering else 1)
+            for head in self.model.heads
+        }
+        self.clustering_head = self.config.heads[0]  # until an evaluation recommends one of several
         self.step = self.epoch = 0
         self.train_seconds = 0.0
 
@@ -86,7 +101,7 @@ class Trainer:
             data.evaluation,
             self.images if same else DeviceImages(data.evaluation.images, self.device),
             self.views,
-            self.num_clusters,
+            self.shapes,
             batch_size=self.config.train.evaluate_batch_size,
             dtype=self.dtype,
         )
@@ -130,6 +145,8 @@ class Trainer:
                     rate = (self.step - steps_before) / (time.perf_counter() - started)
                     self._log(monitor, bar, each, terms, rate)
             self.sub_heads.end_pass(each.heads, each.steps)
+        for line in self.stuck.end_epoch(self.sub_heads.losses, self.epoch):
+            self._say(bar, f"epoch {self.epoch + 1}: {line}")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # so that the seconds are those of the work
         self.epoch += 1
@@ -181,7 +198,7 @@ class Trainer:
         for place, (heads, _) in enumerate(batches):
             for head in heads:
                 loss, terms[head] = self._head_loss(head, outputs[head].split(rows)[place])
-                total = total + getattr(self.config.loss, head) * loss
+                total = total + self.weights[head] * loss
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         if self.config.optim.clip_norm:
@@ -213,27 +230,32 @@ class Trainer:
                 first, second[:n], temperature=loss.temperature, impl=loss.impl, shard_sizes=shard_sizes
             )
             return value, value.detach()
-        terms = iic_loss(first, second, entropy_weight=loss.entropy_weight, impl=loss.impl)
+        towards = self.objectives[head]
+        terms = iic_loss(first, second, entropy_weight=towards.entropy_weight, prior=towards.prior, impl=loss.impl)
         self.sub_heads.add(head, terms.joint)
         return terms.loss.mean(), terms._replace(loss=terms.loss.detach())
 
-    def _evaluate(self) -> Evaluation:
-        """Evaluate the network that the ranks have in common."""
+    def _evaluate(self) -> tuple[dict[str, Evaluation], Recommendation]:
+        """Evaluate the network that the ranks have in common, head by head, and choose a clustering head."""
         distributed.all_reduce_mean([b for b in self.model.buffers() if b.is_floating_point()])
-        return self.evaluator.evaluate(self.model, self.sub_heads.selected())
+        evaluations = self.evaluator.evaluate(self.model, self.sub_heads, self.stuck.restarts)
+        recommendation = recommend([evaluations[head].health for head in self.config.clustering_heads])
+        self.clustering_head = recommendation.chosen.head
+        return evaluations, recommendation
 
-    def _result(self, evaluation: Evaluation) -> dict[str, Any]:
+    def _result(self, evaluations: Mapping[str, Evaluation], recommendation: Recommendation) -> dict[str, Any]:
         seen = self.config.data.batch_size * self.step
         return {
             "data": self.data.evaluation.name,
             "num_images": len(self.data.evaluation.images),
-            "num_clusters": self.num_clusters,
+            "num_clusters": recommendation.chosen.num_clusters,
             "epochs": self.epoch,
             "world_size": self.place.world_size,
             "seed": self.config.run.seed,
-            **self.evaluator.figures(evaluation),
+            **self.evaluator.figures(evaluations[recommendation.chosen.head]),
             "images_per_second": round(seen / self.train_seconds, 1) if self.train_seconds else None,
             "train_seconds": round(self.train_seconds, 2),
+            "choices": recommendation.as_json(),
         }
 
     def evaluate(self) -> dict[str, Any]:
@@ -241,19 +263,24 @@ class Trainer:
 
         Collective: all ranks must call; the figures do not depend on their number.
         """
-        return self._result(self._evaluate())
+        return self._result(*self._evaluate())
 
     def _evaluate_and_show(self, monitor: Monitor, bar: tqdm[Any]) -> dict[str, Any]:
-        evaluation = self._evaluate()
-        result = self._result(evaluation)
-        if numbers := report.result_numbers(result):
-            monitor.scalars(self.step, numbers)
-            if self.place.is_main:
-                bar.write(f"epoch {self.epoch}: accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
+        evaluations, recommendation = self._evaluate()
+        result = self._result(evaluations, recommendation)
+        health = [evaluation.health for evaluation in evaluations.values()]
+        monitor.scalars(self.step, report.health_numbers(health) | report.result_numbers(result))
+        for line in [each.line() for each in health] + report.result_lines(result, recommendation):
+            self._say(bar, f"epoch {self.epoch}: {line}")
         every = self.config.monitor.pictures_every
         if self.epoch == self.config.train.epochs or (every and self.epoch % every == 0):
-            self.evaluator.show(monitor, self.step, evaluation)
+            self.evaluator.show(monitor, self.step, evaluations[self.clustering_head])
+            report.show_choices(monitor, self.step, recommendation)
         return result
+
+    def _say(self, bar: tqdm[Any], line: str) -> None:
+        if self.place.is_main:
+            bar.write(line)
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint from rank 0."""
@@ -277,7 +304,9 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "sub_head_loss": self.sub_heads.losses,
+            "sub_heads": self.sub_heads.state_dict(),
+            "stuck": self.stuck.state_dict(),
+            "clustering_head": self.clustering_head,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -286,4 +315,6 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch = state["step"], state["epoch"]
         self.train_seconds = state["train_seconds"]
-        self.sub_heads.losses = {head: loss.to(self.device) for head, loss in state["sub_head_loss"].items()}
+        self.sub_heads.load_state_dict(state["sub_heads"])
+        self.stuck.load_state_dict(state["stuck"])
+        self.clustering_head = state["clustering_head"]

@@ -12,20 +12,24 @@ import iic_dist
 PACKAGE = Path(iic_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-COMMANDS = {"train", "evaluate", "doctor"}
+COMMANDS = {"train", "evaluate", "choose", "doctor"}
 SEES_CONFIG = COMMANDS | {"command_line", "build", "trainer", "config"}
 LEVEL = {
     **dict.fromkeys(("errors", "__init__", "config"), 0),
     **dict.fromkeys(("ops", "distributed", "philox"), 1),
-    **dict.fromkeys(("view_spec", "data", "models", "losses", "optim", "checkpoint", "metrics", "command_line"), 2),
-    **dict.fromkeys(("augment", "schedule", "figures", "selection"), 3),
-    **dict.fromkeys(("monitor", "inference"), 4),
-    **dict.fromkeys(("report", "build"), 5),
-    "evaluation": 6,
-    "trainer": 7,
-    "doctor": 8,
-    "train": 8,
-    "evaluate": 9,
+    **dict.fromkeys(
+        ("view_spec", "data", "models", "losses", "optim", "checkpoint", "metrics", "command_line", "objective"), 2
+    ),
+    **dict.fromkeys(("augment", "schedule", "health", "selection", "stuck"), 3),
+    **dict.fromkeys(("monitor", "inference"), 5),
+    "figures": 4,
+    **dict.fromkeys(("report", "build"), 6),
+    "evaluation": 7,
+    "trainer": 8,
+    "doctor": 9,
+    "train": 9,
+    "evaluate": 10,
+    "choose": 11,
 }
 
 
