@@ -6,80 +6,158 @@ import hashlib
 import io
 import json
 import logging
-import os
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from iic_dist.files import temporary_of, write_whole
+
 _log = logging.getLogger(__name__)
 
 KEEP = 3
-_NAME = re.compile(r"step_(\d{8})\.pt")
+_KINDS: dict[str, Any] = {"epoch": int, "step": int, "loss": int | float | None, "bytes": int, "sha256": str}
+_NAME = re.compile(r"epoch_(\d{5,})_step_(\d{8,})\.pt")
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one, the new one or none; never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def save(folder: Path, epoch: int, step: int, state: Mapping[str, Any], loss: float | None = None) -> Path:
+    """Write `state` as a checkpoint; keep the newest `KEEP` and the one of lowest loss.
 
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write `state` as the checkpoint of `step` and keep the newest `KEEP`.
-
-    A manifest with the SHA-256 stands beside each checkpoint, because `torch.load` does not notice flipped bits.
+    A manifest with the SHA-256 stands beside each checkpoint, because `torch.load` does not notice flipped bits. It
+    is written first, so that no checkpoint is ever without. One that is there already and verifies is left alone.
 
     Args:
         folder: Made if it is not there.
-        step: Steps done; the name of the file.
+        epoch: Epochs done.
+        step: Steps done.
         state: Tensors, numbers, strings, lists and dicts, which `torch.load(weights_only=True)` reads back.
+        loss: What the best is chosen by, the lowest; None where nothing has been measured.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; older checkpoints are intact.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    content = buffer.getvalue()
-    path = folder / f"step_{step:08d}.pt"
-    manifest = {"step": step, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    _write(path, content)
-    _write(path.with_suffix(".json"), json.dumps(manifest).encode())
-    _sync_folder(folder)
-    for old in available(folder)[KEEP:]:
-        old.with_suffix(".json").unlink(missing_ok=True)
-        old.unlink()
+    path = folder / f"epoch_{epoch:05d}_step_{step:08d}.pt"
+    _remove_leftovers(folder)
+    if not (path.exists() and _verifies(path)):
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        content = buffer.getvalue()
+        manifest = {
+            "epoch": epoch,
+            "step": step,
+            "loss": loss if loss is not None and math.isfinite(loss) else None,
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        write_whole(path.with_suffix(".json"), json.dumps(manifest).encode())
+        try:
+            write_whole(path, content)
+        except OSError:
+            _remove_leftovers(folder)
+            raise
+    _prune(folder)
     return path
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while it saved has left: temporaries, manifests of nothing."""
+    for temporary in folder.glob(temporary_of(Path("*")).name):
+        temporary.unlink(missing_ok=True)
+    for manifest in folder.glob("epoch_*_step_*.json"):
+        if not manifest.with_suffix(".pt").exists():
+            manifest.unlink(missing_ok=True)
+
+
+def _prune(folder: Path) -> None:
+    newest_first = available(folder)
+    kept = {*newest_first[:KEEP], *best_first(newest_first)[:1]}
+    for path in newest_first:
+        if path not in kept:
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def available(folder: Path) -> list[Path]:
     """List the checkpoints of a folder, newest first, without looking inside."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+    named = [(path, match) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for path, match in sorted(named, key=lambda pair: (int(pair[1][1]), int(pair[1][2])), reverse=True)]
+
+
+def best_first(paths: Iterable[Path]) -> list[Path]:
+    """List those of some checkpoints that have a loss, the lowest first."""
+    losses = {}
+    for path in paths:
+        try:
+            losses[path] = _manifest(path)["loss"]
+        except (OSError, ValueError):
+            continue
+    return sorted((path for path, loss in losses.items() if loss is not None), key=lambda path: losses[path])
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of a checkpoint, or raise ValueError or OSError."""
+    try:
+        manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("its manifest is nested without end") from error
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in _KINDS.items()):
+        raise ValueError("its manifest is malformed")
+    if manifest["loss"] is not None and not math.isfinite(manifest["loss"]):
+        raise ValueError(f"its manifest has a loss of {manifest['loss']}")
+    if f"epoch_{manifest['epoch']:05d}_step_{manifest['step']:08d}.pt" != path.name:
+        raise ValueError(f"its manifest is that of epoch {manifest['epoch']}, step {manifest['step']}")
+    return manifest
 
 
 def _verified_bytes(path: Path) -> bytes:
     """Read a checkpoint that is what its manifest says, or raise ValueError or OSError."""
-    manifest = json.loads(path.with_suffix(".json").read_text())
+    manifest = _manifest(path)
+    size = path.stat().st_size
+    if size != manifest["bytes"]:
+        raise ValueError(f"it has {size} bytes, and its manifest says {manifest['bytes']}")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
         raise ValueError("its SHA-256 is not that of its manifest")
     return content
+
+
+def _verifies(path: Path) -> bool:
+    try:
+        _verified_bytes(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read one checkpoint, on the CPU.
+
+    Raises:
+        OSError, ValueError: it is not what its manifest says, or holds more than tensors and plain values.
+    """
+    content = _verified_bytes(path)
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file that only claims to be a checkpoint makes of the reader
+        raise ValueError(f"torch refuses it: {[*str(error).splitlines(), type(error).__name__][0]}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}, not the state of a run")
+    return state
+
+
+def _load_first(paths: Iterable[Path]) -> dict[str, Any] | None:
+    for path in paths:
+        try:
+            return load(path)
+        except (OSError, ValueError) as error:
+            _log.warning("checkpoint %s is damaged and passed over: %s", path, error)
+    return None
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
@@ -87,12 +165,9 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
 
     Each one that does not verify is named in a warning and passed over.
     """
-    for path in available(folder):
-        try:
-            content = _verified_bytes(path)
-        except (OSError, ValueError, KeyError) as error:
-            _log.warning("checkpoint %s is damaged and passed over: %s", path, error)
-            continue
-        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        return state
-    return None
+    return _load_first(available(folder))
+
+
+def load_best(folder: Path) -> dict[str, Any] | None:
+    """Read the checkpoint of lowest loss that verifies, on the CPU; None where there is none with a loss."""
+    return _load_first(best_first(available(folder)))

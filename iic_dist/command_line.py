@@ -105,7 +105,10 @@ def check(config: Config) -> None:
         "model": ("num_overclusters", "projection_dim"),
         "loss": ("clustering", "overclustering", "contrastive"),
         "optim": ("warmup_epochs", "weight_decay", "clip_norm", "momentum"),
-        "train": ("contrastive_warmup_epochs", "evaluate_every", "restart_after"),
+        "train": (
+            *("contrastive_warmup_epochs", "evaluate_every", "restart_after"),
+            *("checkpoint_every_steps", "max_skipped_steps"),
+        ),
         "monitor": ("pictures_every",),
     }
     for names, lowest, rule in ((positive, 0, "above 0"), (not_negative, -1, "0 or more")):

@@ -194,7 +194,10 @@ class TrainConfig:
         sync_batchnorm: Batch normalisation over all ranks (CUDA only).
         evaluate_every: Epochs between evaluations; 0 = only at the end.
         evaluate_batch_size: Images of one forward pass of a rank in an evaluation.
-        checkpoint_every: Epochs between checkpoints; there is always one at the end.
+        checkpoint_every: Epochs between checkpoints; there is always one at the end, and one where a signal stops
+            the run. The newest three are kept, and the one of lowest loss.
+        checkpoint_every_steps: Steps between further checkpoints within an epoch; 0 = none.
+        max_skipped_steps: The run ends when more steps than this in a row had a loss or gradient that is not finite.
     """
 
     epochs: int = 50
@@ -209,6 +212,8 @@ class TrainConfig:
     evaluate_every: int = 10
     evaluate_batch_size: int = 1000
     checkpoint_every: int = 10
+    checkpoint_every_steps: int = 0
+    max_skipped_steps: int = 20
 
 
 @dataclass

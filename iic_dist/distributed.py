@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -90,6 +91,19 @@ def start(place: Place, device: torch.device, timeout_minutes: float) -> None:
     )
 
 
+def why_it_failed(error: RuntimeError) -> str | None:
+    """Say in one line what a collective's error means and where to look; None for an error of another kind."""
+    said = " ".join(str(error).split())
+    if re.search(r"tim(ed|e) ?out", said, re.IGNORECASE):
+        return (
+            "a collective waited longer than run.timeout_minutes. Some rank hangs, was suspended, or lost its network: "
+            f"look for the rank that says nothing here, at its machine and its log (torchrun --log-dir). [{said[:200]}]"
+        )
+    if re.search(r"connection (was )?(closed|reset|refused)|broken pipe|socket", said, re.IGNORECASE):
+        return f"the connection to another rank broke: that one died first, see its error. [{said[:200]}]"
+    return None
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
@@ -114,22 +128,6 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
     if world_size(group) > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
-
-
-def all_reduce_mean(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over all ranks, in place, with one collective for each dtype.
-
-    Collective: all ranks must call, with the same shapes.
-    """
-    if world_size() == 1:
-        return
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        chosen = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in chosen])
-        dist.all_reduce(flat)
-        flat /= world_size()
-        for tensor, mean in zip(chosen, flat.split([tensor.numel() for tensor in chosen]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
 
 
 def gather_sizes(size: int, group: dist.ProcessGroup | None = None) -> list[int]:
@@ -178,6 +176,18 @@ def broadcast(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's `value`, in rank order.
+
+    Collective: all ranks must call. Sync: waits on the host.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:

@@ -8,3 +8,10 @@ class UsageError(ValueError):
 
     The commands print the message alone and exit with code 2; a traceback means a bug of ours.
     """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, though nobody asked wrongly: one line that says why and what is left.
+
+    The commands print the message alone and exit with code 1.
+    """

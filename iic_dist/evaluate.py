@@ -30,6 +30,7 @@ def _options() -> argparse.Namespace:
         metavar="DIR",
         help="folder of the run, runs/NAME; under torchrun, which takes --run for its own --run-path, say --folder",
     )
+    parser.add_argument("--best", action="store_true", help="the checkpoint of lowest loss instead of the newest")
     parser.add_argument("--json", action="store_true", help="print the contents of result.json and nothing else")
     parser.add_argument(
         "rest",
@@ -40,13 +41,14 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def evaluate(run: Path, place: Place, changes: list[str]) -> dict[str, Any]:
+def evaluate(run: Path, place: Place, changes: list[str], best: bool = False) -> dict[str, Any]:
     """Load a run and evaluate it; return the contents of its result.json.
 
     Args:
         run: Its folder.
         changes: Options as those of the training that replace what the run was trained with, such as
             ["--data.evaluate_on", "test"].
+        best: Take the checkpoint of lowest loss instead of the newest.
 
     Raises:
         UsageError: there is no such run, or it has no checkpoint that verifies.
@@ -61,8 +63,9 @@ def evaluate(run: Path, place: Place, changes: list[str]) -> dict[str, Any]:
     use_threads(config, place)
     distributed.start(place, device, config.run.timeout_minutes)
     trainer = Trainer(config, load_data(config, place), place, device)
-    if not trainer.resume(run):
-        raise UsageError(f"--run {run}: no checkpoint in {run / 'checkpoints'} verifies")
+    if not trainer.resume(run, best=best):
+        which = "with a loss" if best else "that verifies"
+        raise UsageError(f"--run {run}: there is no checkpoint {which} in {run / 'checkpoints'}")
     return trainer.evaluate()
 
 
@@ -72,7 +75,7 @@ def main() -> None:
     options, place = _options(), Place.from_environment()
     try:
         changes = options.rest[1:] if options.rest[:1] == ["--"] else options.rest
-        result = evaluate(options.run, place, changes)
+        result = evaluate(options.run, place, changes, options.best)
         say(place, json.dumps(result, indent=1) if options.json else report.summary(result))
     except UsageError as error:
         if place.local_rank == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from iic_dist.data import DeviceImages, ImageSet
 from iic_dist.health import Health, agreement
 from iic_dist.models import ClusterNet
 from iic_dist.monitor import Monitor
-from iic_dist.selection import SubHeadLosses, used_clusters
+from iic_dist.selection import SubHeadRecord, used_clusters
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ class Evaluator:
         self.batch_size, self.dtype = batch_size, dtype
 
     def evaluate(
-        self, model: ClusterNet, sub_heads: SubHeadLosses, restarts: Mapping[str, Sequence[int]]
+        self,
+        model: ClusterNet,
+        sub_heads: SubHeadRecord,
+        restarts: Mapping[str, Sequence[int]],
+        after_each: Callable[[], None] | None = None,
     ) -> dict[str, Evaluation]:
         """Cluster all images by every head; the figures do not depend on the number of ranks or the batch size.
 
@@ -70,11 +74,18 @@ class Evaluator:
             model: Not wrapped in DDP.
             sub_heads: How the sub-heads did in the last pass of the training.
             restarts: How often each sub-head was started from another one, where some were: these are not compared.
+            after_each: Called after every forward pass, equally often on all ranks; may raise to end it here.
 
         Collective: all ranks must call; reduces H*K*C + H*H/2*K*K integers of each head.
         """
         assigned = inference.assign(
-            model, self.views, self.images, list(self.shapes), batch_size=self.batch_size, dtype=self.dtype
+            model,
+            self.views,
+            self.images,
+            list(self.shapes),
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            after_each=after_each,
         )
         evaluations = {}
         for head, (num_sub_heads, _) in self.shapes.items():
@@ -84,7 +95,7 @@ class Evaluator:
         return evaluations
 
     def _judge(
-        self, head: str, assigned: inference.Assignments, sub_heads: SubHeadLosses, independent: Sequence[int]
+        self, head: str, assigned: inference.Assignments, sub_heads: SubHeadRecord, independent: Sequence[int]
     ) -> Evaluation:
         k, selected = self.shapes[head][1], sub_heads.selected(head)
         sizes = torch.bincount(assigned.clusters[:, selected], minlength=k)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,7 @@ def assign(
     *,
     batch_size: int = 1000,
     dtype: torch.dtype = torch.float32,
+    after_each: Callable[[], None] | None = None,
 ) -> dict[str, Assignments]:
     """Run heads with clusters in evaluation mode over this rank's share of the images.
 
@@ -60,25 +61,26 @@ def assign(
         heads: Which heads.
         batch_size: Images of one forward pass.
         dtype: Of the network's input.
+        after_each: Called after every forward pass, equally often on all ranks; may raise to end it here.
     """
     world_size, rank = distributed.world_size(), distributed.rank()
     bounds = [len(images) * r // world_size for r in range(world_size + 1)]
     own = torch.arange(bounds[rank], bounds[rank + 1])
+    shares = [stop - start for start, stop in itertools.pairwise(bounds)]
     was_training = model.training
     model.eval()
     parts = []
-    for indices in own.split(batch_size):
-        resident, rows, _ = images.gather(indices)
-        logits = model(views.evaluation(resident, rows, dtype=dtype), heads)
-        parts.append({head: torch.softmax(logits[head].float(), -1).max(-1) for head in heads})
-    model.train(was_training)
-    shares = [stop - start for start, stop in itertools.pairwise(bounds)]
-    return {
-        head: Assignments(
-            shares,
-            own,
-            torch.cat([part[head].indices for part in parts]),
-            torch.cat([part[head].values for part in parts]),
-        )
-        for head in heads
-    }
+    try:
+        for first in range(0, max(shares), batch_size):
+            resident, rows, _ = images.gather(own[first : first + batch_size])  # the last may be of no images
+            logits = model(views.evaluation(resident, rows, dtype=dtype), heads)
+            parts.append({head: torch.softmax(logits[head].float(), -1).max(-1) for head in heads})
+            if after_each is not None:
+                after_each()
+    finally:
+        model.train(was_training)
+    assigned = {}
+    for head in heads:
+        confidence, clusters = (torch.cat(column) for column in zip(*(part[head] for part in parts), strict=True))
+        assigned[head] = Assignments(shares, own, clusters, confidence)
+    return assigned

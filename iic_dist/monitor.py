@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from iic_dist.figures import render
+from iic_dist.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,9 +98,4 @@ def _drop_from(path: Path, first_step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_whole(path, "".join(kept).encode())

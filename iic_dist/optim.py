@@ -13,9 +13,10 @@ from iic_dist.errors import UsageError
 def build_optimizer(
     model: nn.Module, name: str, *, lr: float, weight_decay: float = 0.0, momentum: float = 0.9
 ) -> torch.optim.Optimizer:
-    """Make an optimizer over the trained parameters of `model`.
+    """Make a fused optimizer over the trained parameters of `model`, which must be where they are trained.
 
     Weight decay acts on matrices and kernels alone: vectors are biases and normalisation, which it only harms.
+    Fused ones are the fastest, and the only ones that can skip a step on the device's own word (`StepGuard`).
 
     Args:
         name: adam, adamw or sgd.
@@ -28,11 +29,15 @@ def build_optimizer(
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
     if name == "adam":
-        return torch.optim.Adam(groups, lr=lr)
+        return torch.optim.Adam(groups, lr=lr, fused=True)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+        if momentum:
+            for parameter in trained:  # torch would leave them uninitialised where it skips the first step
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     raise UsageError(f"optim.name={name!r}: must be adam, adamw or sgd")
 
 

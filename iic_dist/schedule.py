@@ -77,6 +77,10 @@ class Schedule:
             Pass(turn, self.samplers[turn[0]].steps_per_epoch, number * self.views) for number, turn in enumerate(turns)
         ]
 
+    def steps(self, epoch: int) -> list[tuple[Pass, int]]:
+        """List the steps of an epoch in order: each pass and the place in it, from 0."""
+        return [(each, position) for each in self.passes(epoch) for position in range(each.steps)]
+
     def total_steps(self, epochs: int) -> int:
         """Count the steps of the first `epochs` epochs."""
         return sum(each.steps for epoch in range(epochs) for each in self.passes(epoch))

@@ -15,15 +15,19 @@ from iic_dist.build import load_data, run_folder
 from iic_dist.command_line import parse
 from iic_dist.config import Config
 from iic_dist.distributed import Place
-from iic_dist.errors import UsageError
+from iic_dist.errors import RunError, UsageError
+from iic_dist.files import write_whole
 from iic_dist.ops import backend, iic, nt_xent
+from iic_dist.restart import PREEMPTED
+from iic_dist.stop import StopSignals
 from iic_dist.trainer import Trainer
 
 # What a run may be gone on with under another value of.
 MAY_CHANGE = {
     *("run.name", "run.root", "run.device", "run.threads", "run.resume", "run.timeout_minutes"),
     *("data.root", "data.download", "data.evaluate_on", "loss.impl", "train.epochs", "train.compile"),
-    *("train.evaluate_every", "train.evaluate_batch_size", "train.checkpoint_every"),
+    *("train.evaluate_every", "train.evaluate_batch_size", "train.max_skipped_steps"),
+    *("train.checkpoint_every", "train.checkpoint_every_steps"),
 }
 
 
@@ -57,44 +61,49 @@ def choose_losses(config: Config, device: torch.device) -> str:
 
 
 def open_folder(config: Config, trainer: Trainer, place: Place) -> Path:
-    """Choose the folder of the run, go on from what it holds, and write what was asked.
+    """Choose the folder of the run, go on from what it holds, and write what was asked; rank 0 looks and decides.
 
     Raises:
         UsageError: the folder holds a run that was asked for otherwise, or that must not be touched.
+
+    Collective: all ranks must call.
     """
     folder = run_folder(config)
-    asked = folder / "config.yaml"
-    if asked.exists():
-        if config.run.resume == "never":
-            raise UsageError(f"{folder} is there: choose another --run.name, or --run.resume auto to go on with it")
-        _same_run(trainer.config, asked)
-    distributed.barrier()
+    if problem := distributed.broadcast(_why_not(folder, trainer.config) if place.is_main else None):
+        raise UsageError(problem)
     if trainer.resume(folder):
         say(place, f"going on after epoch {trainer.epoch}, step {trainer.step}")
     if place.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         trainer.config.run.name = folder.name
-        asked.write_text(trainer.config.to_yaml())
-        if trainer.data.unreadable:
-            lines = "".join(f"{path}\t{reason}\n" for path, reason in trainer.data.unreadable)
+        write_whole(folder / "config.yaml", trainer.config.to_yaml().encode())
+        (folder / PREEMPTED).unlink(missing_ok=True)
+        if unreadable := trainer.data.unreadable:
+            lines = "".join(f"{path}\t{reason}\n" for path, reason in unreadable)
             (folder / "unreadable.txt").write_text(lines)
-            say(
-                place,
-                f"{len(trainer.data.unreadable)} unreadable files, named in {folder / 'unreadable.txt'}",
-            )
+            say(place, f"{len(unreadable)} unreadable files, named in {folder / 'unreadable.txt'}")
     return folder
 
 
-def _same_run(config: Config, asked: Path) -> None:
-    """Raise a UsageError if the run in a folder cannot be gone on with under this config."""
-    before, now = yaml.safe_load(asked.read_text()), yaml.safe_load(config.to_yaml())
-    for group, fields in now.items():
+def _why_not(folder: Path, config: Config) -> str | None:
+    """Say why the run in a folder cannot be gone on with under this config; None where it can, or there is none."""
+    asked = folder / "config.yaml"
+    if not asked.exists():
+        return None
+    if config.run.resume == "never":
+        return f"{folder} is there: choose another --run.name, or --run.resume auto to go on with it"
+    try:
+        before = yaml.safe_load(asked.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return f"{asked} cannot be read ({' '.join(str(error).split())}): choose another --run.name"
+    if not isinstance(before, dict):
+        return f"{asked} is not the config of a run: choose another --run.name"
+    for group, fields in yaml.safe_load(config.to_yaml()).items():
         for name, value in fields.items():
-            old = before.get(group, {}).get(name)
+            old = (before.get(group) or {}).get(name)
             if old != value and f"{group}.{name}" not in MAY_CHANGE and group != "monitor":
-                raise UsageError(
-                    f"{asked.parent} was trained with {group}.{name}={old!r}, not {value!r}: choose another --run.name"
-                )
+                return f"{folder} was trained with {group}.{name}={old!r}, not {value!r}: choose another --run.name"
+    return None
 
 
 def compare_with_kmeans(trainer: Trainer, num_clusters: int) -> None:
@@ -105,7 +114,7 @@ def compare_with_kmeans(trainer: Trainer, num_clusters: int) -> None:
         print(f"accuracy {share:.4f} by k-means on the pixels", flush=True)
 
 
-def train(config: Config, place: Place) -> None:
+def train(config: Config, place: Place, stop: StopSignals) -> None:
     """Run the whole training of a config on this rank.
 
     Collective: all ranks must call.
@@ -119,7 +128,10 @@ def train(config: Config, place: Place) -> None:
         folder = open_folder(config, trainer, place)
         threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""
         say(place, f"{folder}: {place.world_size} rank(s) on {device.type}{threads}; losses: {losses}")
-        result = trainer.train(folder)
+        result = trainer.train(folder, stop)
+        if result is None:
+            say(place, f"stopped and saved after step {trainer.step}: the same command goes on from there")
+            return
         say(place, f"\n{report.summary(result)}")
         if config.monitor.kmeans and place.is_main:
             compare_with_kmeans(trainer, result["num_clusters"])
@@ -129,15 +141,28 @@ def train(config: Config, place: Place) -> None:
 
 
 def main() -> None:
-    """Parse, train, and turn a caller's mistake into one line and exit code 2."""
+    """Parse, train, and turn what a caller can mend into one line; exit with 2 for a mistake, 1 for a failed run."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     place = Place.from_environment()
-    try:
-        train(parse(), place)
-    except UsageError as error:
-        if place.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    with StopSignals() as stop:
+        try:
+            train(parse(), place, stop)
+        except UsageError as error:
+            fail(place, error, 2)
+        except (RunError, OSError) as error:
+            fail(place, error, 1)
+        except RuntimeError as error:
+            if (why := distributed.why_it_failed(error)) is None:
+                raise
+            print(f"error: rank {place.rank}: {why}", file=sys.stderr, flush=True)
+            sys.exit(1)
+
+
+def fail(place: Place, error: Exception, code: int) -> None:
+    """Print the line of an error, once a machine, and exit."""
+    if place.local_rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

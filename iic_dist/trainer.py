@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,23 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from iic_dist import checkpoint, distributed, report
+from iic_dist import report, restart
 from iic_dist.build import RunData, build_model, build_objectives, build_schedule, build_views, complete
 from iic_dist.config import Config
 from iic_dist.data import Batch, DeviceImages
 from iic_dist.distributed import Place
+from iic_dist.errors import UsageError
 from iic_dist.evaluation import Evaluation, Evaluator
+from iic_dist.files import write_whole
+from iic_dist.guard import Poll, StepGuard
 from iic_dist.health import Recommendation, recommend
 from iic_dist.losses import IICTerms, iic_loss, nt_xent_loss
 from iic_dist.models import SubHeads, distribute, on_device
 from iic_dist.monitor import Monitor
 from iic_dist.optim import build_optimizer, learning_rate
 from iic_dist.schedule import Pass, kind
-from iic_dist.selection import SubHeadLosses
+from iic_dist.selection import SubHeadRecord
+from iic_dist.stop import Stopping, StopSignals
 from iic_dist.stuck import StuckSubHeads
+
+_logger = logging.getLogger(__name__)
 
 Terms = dict[str, IICTerms | Tensor]
 """Of each head that took part in a step: its IIC terms, or its contrastive loss; on the device, no gradient."""
@@ -72,7 +79,7 @@ class Trainer:
             self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
         )
         self.objectives = build_objectives(self.config, device)
-        self.sub_heads = SubHeadLosses(self.shapes, self.objectives, device, self.dtype)
+        self.sub_heads = SubHeadRecord(self.shapes, self.objectives, device, self.dtype)
         clustering = self.config.clustering_heads
         self.stuck = StuckSubHeads(
             {name: heads[name] for name in clustering},
@@ -86,6 +93,8 @@ class Trainer:
             for head in self.model.heads
         }
         self.clustering_head = self.config.heads[0]  # until an evaluation recommends one of several
+        self.guard = StepGuard(self.model, self.optimizer, device, train.max_skipped_steps)
+        self.poll, self.stop = Poll(device), StopSignals()
         self.step = self.epoch = 0
         self.train_seconds = 0.0
 
@@ -106,60 +115,89 @@ class Trainer:
             dtype=self.dtype,
         )
 
-    def train(self, folder: Path) -> dict[str, Any]:
+    def train(self, folder: Path, stop: StopSignals | None = None) -> dict[str, Any] | None:
         """Train to the last epoch, evaluating and saving on the way; return what result.json holds.
 
         Args:
             folder: Folder of the run; rank 0 writes there.
+            stop: Signals to heed: soon after any rank has received one, all of them stop at the same step, save, leave
+                a file PREEMPTED in the folder, and return None.
+
+        Raises:
+            RunError: too many steps in a row were not finite, or the state could not be saved before a stop.
         """
-        train, result = self.config.train, None
+        self.stop = stop or self.stop
         monitor = Monitor(folder, self.place.is_main, self.step if self.step else None)
         with monitor, self._progress() as bar:
             if self.step == 0:
                 report.show_views(monitor, 0, self.views, self.data.train.images[:8], self.device)
-            while self.epoch < train.epochs:
-                self._train_epoch(monitor, bar)
-                last = self.epoch == train.epochs
-                if last or (train.evaluate_every and self.epoch % train.evaluate_every == 0):
-                    result = self._evaluate_and_show(monitor, bar)
-                if last or self.epoch % train.checkpoint_every == 0:
-                    self.save(folder)
-        result = result or self.evaluate()
+            try:
+                result = self._train_epochs(folder, monitor, bar)
+            except Stopping:
+                restart.leave_for_later(folder, self.state_dict(), self.stop.received)
+                return None
         if self.place.is_main:
-            (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+            write_whole(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         return result
+
+    def _train_epochs(self, folder: Path, monitor: Monitor, bar: tqdm[Any]) -> dict[str, Any]:
+        train, result = self.config.train, None
+        while self.epoch < train.epochs:
+            self._train_epoch(folder, monitor, bar)
+            done = self.epoch + 1
+            if done == train.epochs or (train.evaluate_every and done % train.evaluate_every == 0):
+                result = self._evaluate_and_show(monitor, bar)
+            self.epoch = done
+            if done == train.epochs or done % train.checkpoint_every == 0:
+                restart.save(folder, self.state_dict(), self.sub_heads.lowest_loss(self.config.clustering_heads))
+        return result or self.evaluate()
 
     def _progress(self) -> tqdm[Any]:
         hidden = not (self.place.is_main and self.config.monitor.progress)
         return tqdm(total=self.total_steps, initial=self.step, disable=hidden, unit="step", dynamic_ncols=True)
 
-    def _train_epoch(self, monitor: Monitor, bar: tqdm[Any]) -> None:
-        started, steps_before = time.perf_counter(), self.step
+    def _train_epoch(self, folder: Path, monitor: Monitor, bar: tqdm[Any]) -> None:
+        """Take the steps of the epoch that are not done yet."""
         self.model.train()
-        for each in self.schedule.passes(self.epoch):
-            self.sub_heads.begin_pass(each.heads)
-            for position in range(each.steps):
+        self._lap_started = started = time.perf_counter()
+        every, before, first = (
+            self.config.train.checkpoint_every_steps,
+            self.step,
+            self.schedule.total_steps(self.epoch),
+        )
+        try:
+            for each, position in self.schedule.steps(self.epoch)[before - first :]:
                 terms = self.train_step(each, position)
                 bar.update()
                 if self.step % self.config.monitor.log_every == 0:
-                    rate = (self.step - steps_before) / (time.perf_counter() - started)
-                    self._log(monitor, bar, each, terms, rate)
-            self.sub_heads.end_pass(each.heads, each.steps)
-        for line in self.stuck.end_epoch(self.sub_heads.losses, self.epoch):
-            self._say(bar, f"epoch {self.epoch + 1}: {line}")
+                    self._log(monitor, bar, each, terms, (self.step - before) / (time.perf_counter() - started))
+                self.guard.heed(leave=1)
+                if every and self.step % every == 0:
+                    self.guard.heed(leave=0)
+                    self._lap()
+                    restart.save(folder, self.state_dict())
+            self.guard.heed(leave=0)
+        finally:
+            self._lap()
+
+    def _lap(self) -> None:
+        """Add the time since the last lap to the seconds of training."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # so that the seconds are those of the work
-        self.epoch += 1
-        self.train_seconds += time.perf_counter() - started
+        now = time.perf_counter()
+        self.train_seconds += now - self._lap_started
+        self._lap_started = now
 
     def _log(self, monitor: Monitor, bar: tqdm[Any], each: Pass, terms: Terms, steps_per_second: float) -> None:
-        """Read the numbers of the last step: the one place where training waits for the device."""
+        """Read the numbers of the last step, and so wait for the device."""
         numbers = {}
         for head, value in terms.items():
             numbers[f"loss/{head}"] = value if isinstance(value, Tensor) else value.loss.mean()
             numbers |= {} if isinstance(value, Tensor) else report.head_numbers(head, value)
         values = report.read(numbers)
         values["optim/learning_rate"] = self.learning_rate(each.heads, self.step - 1)
+        values["optim/skipped_steps"] = self.guard.skipped
+        values |= {f"{head}/collapsed_sub_heads": len(bad) for head, bad in self.sub_heads.collapsed.items()}
         values["speed/images_per_second"] = steps_per_second * self.config.data.batch_size
         values["epoch"] = self.epoch + 1
         monitor.scalars(self.step, values)
@@ -180,16 +218,19 @@ class Trainer:
         )
 
     def train_step(self, each: Pass, position: int) -> Terms:
-        """Update the weights once; nothing here waits for the device.
+        """Update the weights once; nothing here waits for the device but the end of a pass.
 
         Args:
             each: The pass of the current epoch.
             position: Place of the step in the pass, from 0.
         """
+        if position == 0:
+            self.sub_heads.begin_pass(each.heads)
         batches = self.schedule.batches(self.epoch, each.heads, position)
         inputs = [self._make_views(batch, each.first_view) for _, batch in batches]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(each.heads, self.step)
+        self.guard.begin()
         with self._autocast():
             outputs = self.network(torch.cat(inputs) if len(inputs) > 1 else inputs[0], each.heads)
         rows = [len(part) for part in inputs]
@@ -201,11 +242,22 @@ class Trainer:
                 total = total + self.weights[head] * loss
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        if self.config.optim.clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        skipped = self.guard.end(total.detach(), self.stop.received is not None, self.config.optim.clip_norm)
         self.optimizer.step()
+        for head, value in terms.items():
+            if isinstance(value, IICTerms):
+                self.sub_heads.add(head, value.joint, skipped)
         self.step += 1
+        if position == each.steps - 1:
+            self._end_pass(each)
         return terms
+
+    def _end_pass(self, each: Pass) -> None:
+        warnings = self.sub_heads.end_pass(each.heads)
+        warnings += self.stuck.end_pass(each.heads, self.sub_heads.losses, self.epoch)
+        for line in warnings:
+            if self.place.is_main:
+                _logger.warning("epoch %d: %s", self.epoch + 1, line)
 
     def _make_views(self, batch: Batch, first_view: int) -> Tensor:
         images, rows, indices = self.images.gather(batch.indices)
@@ -232,29 +284,37 @@ class Trainer:
             return value, value.detach()
         towards = self.objectives[head]
         terms = iic_loss(first, second, entropy_weight=towards.entropy_weight, prior=towards.prior, impl=loss.impl)
-        self.sub_heads.add(head, terms.joint)
         return terms.loss.mean(), terms._replace(loss=terms.loss.detach())
 
     def _evaluate(self) -> tuple[dict[str, Evaluation], Recommendation]:
-        """Evaluate the network that the ranks have in common, head by head, and choose a clustering head."""
-        distributed.all_reduce_mean([b for b in self.model.buffers() if b.is_floating_point()])
-        evaluations = self.evaluator.evaluate(self.model, self.sub_heads, self.stuck.restarts)
+        """Evaluate the network head by head, and choose a clustering head."""
+
+        def heed() -> None:
+            if self.poll.stop(self.stop.received is not None):
+                raise Stopping
+
+        evaluations = self.evaluator.evaluate(self.model, self.sub_heads, self.stuck.restarts, heed)
         recommendation = recommend([evaluations[head].health for head in self.config.clustering_heads])
         self.clustering_head = recommendation.chosen.head
         return evaluations, recommendation
 
-    def _result(self, evaluations: Mapping[str, Evaluation], recommendation: Recommendation) -> dict[str, Any]:
+    def _result(
+        self, evaluations: Mapping[str, Evaluation], recommendation: Recommendation, epochs: int
+    ) -> dict[str, Any]:
+        chosen = recommendation.chosen
         seen = self.config.data.batch_size * self.step
         return {
             "data": self.data.evaluation.name,
             "num_images": len(self.data.evaluation.images),
-            "num_clusters": recommendation.chosen.num_clusters,
-            "epochs": self.epoch,
+            "num_clusters": chosen.num_clusters,
+            "epochs": epochs,
             "world_size": self.place.world_size,
             "seed": self.config.run.seed,
-            **self.evaluator.figures(evaluations[recommendation.chosen.head]),
+            **self.evaluator.figures(evaluations[chosen.head]),
             "images_per_second": round(seen / self.train_seconds, 1) if self.train_seconds else None,
             "train_seconds": round(self.train_seconds, 2),
+            "skipped_steps": self.guard.skipped,
+            "collapsed_sub_heads": self.sub_heads.collapsed,
             "choices": recommendation.as_json(),
         }
 
@@ -263,38 +323,43 @@ class Trainer:
 
         Collective: all ranks must call; the figures do not depend on their number.
         """
-        return self._result(*self._evaluate())
+        return self._result(*self._evaluate(), self.epoch)
 
     def _evaluate_and_show(self, monitor: Monitor, bar: tqdm[Any]) -> dict[str, Any]:
-        evaluations, recommendation = self._evaluate()
-        result = self._result(evaluations, recommendation)
+        (evaluations, recommendation), epochs = self._evaluate(), self.epoch + 1
+        result = self._result(evaluations, recommendation, epochs)
         health = [evaluation.health for evaluation in evaluations.values()]
         monitor.scalars(self.step, report.health_numbers(health) | report.result_numbers(result))
         for line in [each.line() for each in health] + report.result_lines(result, recommendation):
-            self._say(bar, f"epoch {self.epoch}: {line}")
+            if self.place.is_main:
+                bar.write(f"epoch {epochs}: {line}")
         every = self.config.monitor.pictures_every
-        if self.epoch == self.config.train.epochs or (every and self.epoch % every == 0):
+        if epochs == self.config.train.epochs or (every and epochs % every == 0):
             self.evaluator.show(monitor, self.step, evaluations[self.clustering_head])
             report.show_choices(monitor, self.step, recommendation)
         return result
 
-    def _say(self, bar: tqdm[Any], line: str) -> None:
-        if self.place.is_main:
-            bar.write(line)
+    def resume(self, folder: Path, *, best: bool = False) -> bool:
+        """Go on from the newest checkpoint that verifies; return whether there was one.
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint from rank 0."""
-        distributed.all_reduce_mean([b for b in self.model.buffers() if b.is_floating_point()])
-        if self.place.is_main:
-            checkpoint.save(folder / "checkpoints", self.step, self.state_dict())
+        Args:
+            folder: Of the run.
+            best: Take the one of lowest loss instead.
 
-    def resume(self, folder: Path) -> bool:
-        """Go on from the newest checkpoint that verifies, read by rank 0 for all; return whether there was one."""
-        state = checkpoint.load_newest(folder / "checkpoints") if self.place.is_main else None
-        state = distributed.broadcast(state)
-        if state is not None:
+        Raises:
+            UsageError: it is not of this network.
+
+        Collective: all ranks must call; rank 0 reads for all.
+        """
+        state = restart.load(folder, best=best)
+        if state is None:
+            return False
+        try:
             self.load_state_dict(state)
-        return state is not None
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"{folder}: its checkpoint is not of this network: {reason}") from error
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs to go on: tensors and plain values alone."""
@@ -307,6 +372,7 @@ class Trainer:
             "sub_heads": self.sub_heads.state_dict(),
             "stuck": self.stuck.state_dict(),
             "clustering_head": self.clustering_head,
+            "guard": self.guard.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -315,6 +381,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch = state["step"], state["epoch"]
         self.train_seconds = state["train_seconds"]
+        self.guard.load_state_dict(state["guard"])
         self.sub_heads.load_state_dict(state["sub_heads"])
         self.stuck.load_state_dict(state["stuck"])
         self.clustering_head = state["clustering_head"]

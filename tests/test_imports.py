@@ -16,13 +16,13 @@ COMMANDS = {"train", "evaluate", "choose", "doctor"}
 SEES_CONFIG = COMMANDS | {"command_line", "build", "trainer", "config"}
 LEVEL = {
     **dict.fromkeys(("errors", "__init__", "config"), 0),
-    **dict.fromkeys(("ops", "distributed", "philox"), 1),
+    **dict.fromkeys(("ops", "distributed", "philox", "files", "stop", "objective"), 1),
     **dict.fromkeys(
-        ("view_spec", "data", "models", "losses", "optim", "checkpoint", "metrics", "command_line", "objective"), 2
+        ("view_spec", "guard", "data", "models", "losses", "optim", "checkpoint", "metrics", "command_line"), 2
     ),
-    **dict.fromkeys(("augment", "schedule", "health", "selection", "stuck"), 3),
-    **dict.fromkeys(("monitor", "inference"), 5),
+    **dict.fromkeys(("restart", "augment", "schedule", "health", "selection", "stuck"), 3),
     "figures": 4,
+    **dict.fromkeys(("monitor", "inference"), 5),
     **dict.fromkeys(("report", "build"), 6),
     "evaluation": 7,
     "trainer": 8,
