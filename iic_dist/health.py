@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,11 @@ class Health:
             name: round(value, 6) if isinstance(value, float) else value
             for name, value in dataclasses.asdict(self).items()
         }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Health:
+        """Read what `as_json` wrote; other entries are passed over."""
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
     @property
     def measured(self) -> tuple[float, float]:

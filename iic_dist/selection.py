@@ -100,7 +100,7 @@ class SubHeadRecord:
             self.collapsed[head] = collapsed
         return warnings
 
-    def selected(self, head: str) -> int:
+    def selected(self, head: str = "clustering") -> int:
         """Return the sub-head with the lowest loss over the last pass of its head."""
         return int(self.losses[head].argmin())
 

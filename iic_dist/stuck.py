@@ -61,6 +61,8 @@ class StuckSubHeads:
         if not self.patience:
             return []
         judged = {name: losses[name].tolist() for name in heads if name in self.heads}
+        if not judged:
+            return []
         lines = []
         for name, values in distributed.broadcast(judged).items():
             best = min(range(len(values)), key=values.__getitem__)
@@ -81,9 +83,9 @@ class StuckSubHeads:
         head, k = self.heads[name], self.heads[name].shape[1]
         to, source = slice(sub_head * k, (sub_head + 1) * k), slice(best * k, (best + 1) * k)
         for parameter in (head.linear.weight, head.linear.bias):
-            moments = [state for state in self.optimizer.state[parameter].values() if state.shape == parameter.shape]
-            for tensor in (parameter, *moments):
-                tensor[to] = tensor[source]
+            for tensor in (parameter, *self.optimizer.state[parameter].values()):
+                if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:  # not Adam's count of steps
+                    tensor[to] = tensor[source]
         weight = head.linear.weight[to]
         view = _FIRST_VIEW + (list(self.heads).index(name) << 16) + sub_head
         places = torch.arange(weight.numel(), device=weight.device)
