@@ -87,6 +87,7 @@ def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[
         "parameters": parameters,
         "accuracy": figures["accuracy"],
         "nmi": figures["nmi"],
+        "choices": figures["choices"],
     }
 
 
