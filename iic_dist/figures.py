@@ -125,7 +125,7 @@ def choices(recommendation: Recommendation) -> Figure:
     stability, information, sizes = figure.subplots(1, 3)
     means, errors = zip(*(each.measured for each in healths), strict=True)
     stability.errorbar(places, means, errors, fmt="o-", capsize=4, color="#2166ac")
-    stability.set(title="agreement of the sub-heads", ylabel="ARI, mean of all pairs ± standard error")
+    stability.set(title="agreement of the sub-heads", ylabel="mean ARI ± standard error")
     information.plot(places, [each.information_share for each in healths], "o-", color="#2166ac")
     information.set(title="information", ylabel="mutual information / ln K")
     sizes.boxplot([each.sizes for each in healths], positions=places, widths=0.5, whis=(0, 100))

@@ -104,7 +104,7 @@ class SubHeadRecord:
         """Return the sub-head with the lowest loss over the last pass of its head."""
         return int(self.losses[head].argmin())
 
-    def lowest_loss(self, heads: Iterable[str]) -> float:
+    def lowest_loss(self, heads: Iterable[str] = ("clustering",)) -> float:
         """Return the mean over some heads of the loss of their selected sub-heads, infinite before their first pass.
 
         Sync: waits for the device.

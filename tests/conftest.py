@@ -15,6 +15,14 @@ def ranks() -> Iterator[Ranks]:
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Ranks]:
+    """Two processes, for what talks to all ranks there are."""
+    pool = Ranks(2)
+    yield pool
+    pool.close()
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from iic_dist import distributed
+from iic_dist import distributed, restart
 from iic_dist.build import load_data
 from iic_dist.command_line import parse
 from iic_dist.distributed import Place
@@ -71,10 +73,7 @@ def single_pair(rank: int, group: dist.ProcessGroup) -> str:
 
 def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[str], steps: int) -> dict[str, object]:
     """Train for some steps on all ranks of the default group; return losses, weights, evaluation."""
-    config = parse(arguments)
-    world_size = distributed.world_size()
-    place = Place(rank, world_size, rank, world_size)
-    trainer = Trainer(config, load_data(config, place), place, torch.device("cpu"))
+    trainer = small_trainer(rank, arguments)
     losses = []
     passes = trainer.schedule.passes(0)
     for step in range(steps):
@@ -88,6 +87,65 @@ def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[
         "accuracy": figures["accuracy"],
         "nmi": figures["nmi"],
         "choices": figures["choices"],
+    }
+
+
+def train_on(rank: int, group: dist.ProcessGroup | None, arguments: list[str], folder: str, steps: int) -> Tensor:
+    """Go on with a run up to a step of its first epoch, save it, and return all weights and statistics."""
+    trainer = small_trainer(rank, arguments)
+    trainer.resume(Path(folder))
+    for each, position in trainer.schedule.steps(0)[trainer.step : steps]:
+        trainer.train_step(each, position)
+    restart.save(Path(folder), trainer.state_dict())
+    distributed.barrier()
+    return torch.cat([value.detach().double().flatten() for value in trainer.model.state_dict().values()])
+
+
+def small_trainer(rank: int, arguments: list[str]) -> Trainer:
+    """Make a trainer for this rank of the default group."""
+    config = parse(arguments)
+    world_size = distributed.world_size()
+    place = Place(rank, world_size, rank, world_size)
+    return Trainer(config, load_data(config, place), place, torch.device("cpu"))
+
+
+def bad_step(rank: int, group: dist.ProcessGroup, arguments: list[str], place: str, value: float) -> dict[str, object]:
+    """Take a step, one with `value` in some place of rank 1, and one more; say what the bad one did."""
+    trainer = small_trainer(rank, arguments)
+    (each, _), *_ = trainer.schedule.steps(0)
+
+    def state() -> list[Tensor]:
+        learned = trainer.state_dict()
+        moments = [v for each in learned["optimizer"]["state"].values() for v in each.values()]
+        return [v.clone() for v in (*learned["model"].values(), *moments) if v.is_floating_point()]
+
+    def spoil(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return output.clone().index_fill_(0, torch.tensor([3]), value)
+
+    trainer.train_step(each, 0)
+    before = state()
+    remove = []
+    if rank == 1 and place == "views":
+        make = trainer._make_views
+        trainer._make_views = lambda *what: spoil(nn.Identity(), None, make(*what))  # type: ignore[method-assign]
+        remove.append(lambda: setattr(trainer, "_make_views", make))
+    elif rank == 1 and place == "gradient":
+        weight = next(trainer.model.parameters())
+        remove.append(weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), value)).remove)
+    elif rank == 1:
+        module = trainer.model.backbone if place == "features" else trainer.model.heads[place]
+        remove.append(module.register_forward_hook(spoil).remove)
+    trainer.train_step(each, 1)
+    for undo in remove:
+        undo()
+    after = state()
+    trainer.train_step(each, 2)
+    trainer.guard.heed(leave=0)
+    return {
+        "skipped": trainer.guard.skipped,
+        "unchanged": all(map(torch.equal, before, after)),
+        "finite": all(bool(value.isfinite().all()) for value in state()),
+        "moved_afterwards": not all(map(torch.equal, after, state())),
     }
 
 

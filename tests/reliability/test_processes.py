@@ -1,0 +1,108 @@
+"""Real processes under torchrun that are killed, asked to stop, and suspended."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from runs import STEPS_PER_EPOCH, Run, assert_equal, final_state
+
+EVALUATING = ["--train.evaluate_every", "1", "--train.evaluate_batch_size", "10"]
+
+
+def undisturbed(folder: Path, *options: str) -> dict[str, object]:
+    """The last state of a run that nothing happens to."""
+    folder.mkdir()
+    with Run(folder, *options) as run:
+        assert run.end() == 0, run.output
+    return final_state(run.folder)
+
+
+def kill_at_random(folder: Path, kills: int, *options: str) -> Run:
+    """Kill -9 a random rank at a random step, so many times in one torchrun, and let it finish."""
+    draw = random.Random(1)
+    with Run(folder, *options, restarts=kills) as run:
+        for _ in range(kills):
+            run.wait_for(run.step() + draw.randint(1, 2))
+            time.sleep(draw.random() * 0.1)
+            before = run.workers()
+            assert before, run.output
+            os.kill(draw.choice(before), signal.SIGKILL)
+            while set(run.workers()) & set(before) and run.process.poll() is None:
+                time.sleep(0.02)
+        assert run.end() == 0, run.output
+    return run
+
+
+@pytest.mark.parametrize("kills", [pytest.param(1, id="once"), pytest.param(20, marks=pytest.mark.slow, id="20 times")])
+def test_a_run_whose_ranks_are_killed_ends_with_the_weights_of_one_whose_are_not(kills: int, tmp_path: Path) -> None:
+    options = ["--train.epochs", str(1 + kills * 3 // STEPS_PER_EPOCH)]
+    run = kill_at_random(tmp_path, kills, *options)
+    assert run.output.count("going on after epoch") == kills
+    assert_equal(final_state(run.folder), undisturbed(tmp_path / "undisturbed", *options))
+
+
+def stop_and_go_on(folder: Path, stops: int, *options: str) -> tuple[Run, list[dict[str, object]]]:
+    """Signal a random rank at random steps and in evaluations; start again each time; return what was noted."""
+    draw = random.Random(2)
+    notes: list[dict[str, object]] = []
+    for place in range(stops):
+        with Run(folder, *options) as run:
+            run.wait_for(1)
+            done = run.step()
+            if place % 2:  # just after an epoch's last step: in the evaluation
+                run.wait_for(done - done % STEPS_PER_EPOCH + STEPS_PER_EPOCH)
+            else:
+                run.wait_for(done + draw.randint(1, 2))
+            number = draw.choice([signal.SIGTERM, signal.SIGUSR1])
+            os.kill(draw.choice(run.workers()), number)
+            assert run.end() == 0, run.output
+            note = run.preempted()
+            assert note is not None, run.output
+            assert note["signal"] == number.name
+            notes.append(note)
+    with Run(folder, *options) as run:
+        assert run.end() == 0, run.output
+    assert run.preempted() is None
+    return run, notes
+
+
+@pytest.mark.parametrize("stops", [pytest.param(1, id="once"), pytest.param(10, marks=pytest.mark.slow, id="10 times")])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(stops: int, tmp_path: Path) -> None:
+    options = [*EVALUATING, "--train.epochs", str(2 + stops), "--train.checkpoint_every_steps", "0"]
+    run, notes = stop_and_go_on(tmp_path, stops, *options)
+    assert len(notes) == stops
+    steps = [note["step"] for note in notes]
+    assert steps == sorted(steps)
+    if stops > 1:
+        assert any(note["step"] == (note["epoch"] + 1) * STEPS_PER_EPOCH for note in notes), notes  # in evaluation
+    assert_equal(final_state(run.folder), undisturbed(tmp_path / "undisturbed", *options))
+
+
+def test_one_process_without_torchrun_stops_too(tmp_path: Path) -> None:
+    with Run(tmp_path, "--train.epochs", "500", ranks=0) as run:
+        run.wait_for(2)
+        run.process.send_signal(signal.SIGUSR1)
+        assert run.end() == 0, run.output
+    note = json.loads((run.folder / "PREEMPTED").read_text())
+    assert note == {"step": final_state(run.folder)["step"], "epoch": note["step"] // 7, "signal": "SIGUSR1"}
+    assert "stopped and saved after step" in run.output
+    assert not (run.folder / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_suspended_rank_is_a_clear_error_within_the_timeout(tmp_path: Path) -> None:
+    timeout = 12.0
+    with Run(tmp_path, "--train.epochs", "500", "--run.timeout_minutes", str(timeout / 60)) as run:
+        run.wait_for(2)
+        os.kill(run.workers()[1], signal.SIGSTOP)
+        started = time.monotonic()
+        while "error: rank 0: a collective waited longer than run.timeout_minutes" not in run.output:
+            assert time.monotonic() - started < timeout + 10, run.output
+            time.sleep(0.1)
+        assert "Traceback" not in run.output
