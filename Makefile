@@ -46,6 +46,7 @@ test-all: $(STAMP)
 bench: $(STAMP)
 	$(PY) benchmarks/bench_iic.py
 	$(PY) benchmarks/bench_nt_xent.py
+	$(PY) benchmarks/bench_scaling.py --device cpu
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(if $(OUTPUT),--output $(OUTPUT))

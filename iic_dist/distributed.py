@@ -66,8 +66,9 @@ def choose_device(name: str, place: Place) -> torch.device:
 def start(place: Place, device: torch.device, timeout_minutes: float) -> None:
     """Join the process group that torchrun's environment names; nothing in a world of one.
 
-    NCCL carries CUDA tensors, gloo carries CPU tensors. The store is prefixed with the restart count, because
-    the agent's store outlives killed workers and their stale keys make a plain restart hang.
+    NCCL carries CUDA tensors, gloo carries CPU tensors. Where the agent owns the store, it is prefixed with the
+    restart count, because it outlives killed workers and their stale keys make a plain restart hang. A store of
+    rank 0's own is new at each start, and must not be: agents count their restarts each by itself.
     """
     if "RANK" not in os.environ:
         return
@@ -82,9 +83,10 @@ def start(place: Place, device: torch.device, timeout_minutes: float) -> None:
         is_master=place.rank == 0 and not agent_owns_store,
         timeout=timeout,
     )
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_owns_store else "0"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store),
+        store=dist.PrefixStore(f"restart{restarts}", store),
         rank=place.rank,
         world_size=place.world_size,
         timeout=timeout,

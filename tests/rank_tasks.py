@@ -90,6 +90,33 @@ def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[
     }
 
 
+def collectives_of_a_step(rank: int, group: dist.ProcessGroup, arguments: list[str]) -> list[tuple[str, int]]:
+    """Take a training step on all ranks of the default group; return name and bytes of what its losses exchange.
+
+    Gathered bytes are those of the whole. What DDP exchanges does not pass through Python.
+    """
+    config = parse(arguments)
+    place = Place(rank, dist.get_world_size(), rank, dist.get_world_size())
+    trainer = Trainer(config, load_data(config, place), place, torch.device("cpu"))
+    seen: list[tuple[str, int]] = []
+    reduce, gather = dist.all_reduce, dist.all_gather_into_tensor
+
+    def counted_reduce(tensor: Tensor, *more: object, **options: object) -> object:
+        seen.append(("all_reduce", tensor.nbytes))
+        return reduce(tensor, *more, **options)
+
+    def counted_gather(whole: Tensor, *more: object, **options: object) -> object:
+        seen.append(("all_gather", whole.nbytes))
+        return gather(whole, *more, **options)
+
+    dist.all_reduce, dist.all_gather_into_tensor = counted_reduce, counted_gather
+    try:
+        trainer.train_step(trainer.schedule.passes(0)[0], 0)
+    finally:
+        dist.all_reduce, dist.all_gather_into_tensor = reduce, gather
+    return seen
+
+
 def train_on(rank: int, group: dist.ProcessGroup | None, arguments: list[str], folder: str, steps: int) -> Tensor:
     """Go on with a run up to a step of its first epoch, save it, and return all weights and statistics."""
     trainer = small_trainer(rank, arguments)
