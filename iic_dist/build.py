@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -99,6 +100,8 @@ def _check_prior(config: Config) -> None:
     prior, k = config.loss.prior, config.model.num_clusters
     if isinstance(prior, list) and len(prior) != k:
         raise UsageError(f"loss.prior has {len(prior)} sizes for model.num_clusters={k}: give one for each cluster")
+    if isinstance(prior, list) and math.isinf(sum(prior)):
+        raise UsageError(f"loss.prior with {max(prior)!r}: the sum of the sizes is too large for a number")
 
 
 def build_objectives(config: Config, device: torch.device) -> dict[str, Objective]:

@@ -32,7 +32,7 @@ def read_sizes(path: str) -> list[float]:
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not text, or a path with a NUL
         raise UsageError(
             f"loss.prior={path!r}: must be uniform, free, or a file of sizes, one a line ({error})"
         ) from error
@@ -45,5 +45,5 @@ def read_sizes(path: str) -> list[float]:
         except ValueError:
             sizes.append(math.nan)
         if not (0 < sizes[-1] < math.inf):
-            raise UsageError(f"loss.prior={path!r}: line {number} is {line!r}, but must be a number above 0")
+            raise UsageError(f"loss.prior={path!r}: line {number} is {line[:40]!r}, but must be a number above 0")
     return sizes

@@ -22,6 +22,7 @@ def test_sizes_are_read_one_a_line(tmp_path: Path) -> None:
         (b"1 2 3\n", "line 1 is '1 2 3'"),
         (b"nan\n", "line 1 is 'nan'"),
         (b"1\ninf\n", "line 2 is 'inf'"),
+        (b"x" * 9000, "line 1 is 'x{40}', but"),
         (b"\xff\xfe\n", "must be uniform, free, or a file"),
         (None, "must be uniform, free, or a file"),
     ],
@@ -33,3 +34,8 @@ def test_what_is_no_size_is_one_line(content: bytes | None, says: str, tmp_path:
         read_sizes(str(tmp_path / "sizes.txt"))
     assert "\n" not in str(caught.value)
     assert "sizes.txt" in str(caught.value)
+
+
+def test_a_path_that_no_file_can_have_is_one_line() -> None:
+    with pytest.raises(UsageError, match="must be uniform, free, or a file"):
+        read_sizes("a\0b")
