@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from iic_dist.data import ImageSet, Sampler, load_image_set
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.models import ClusterNet, ProjectionHead, SubHeads, build_backbone
+from iic_dist.objective import Objective, read_sizes
 from iic_dist.schedule import Schedule
 
 
@@ -94,6 +96,9 @@ def complete(config: Config, train: ImageSet) -> Config:
                 f"{train.name} has no classes to count: say how many clusters you want with --model.num_clusters"
             )
         config.model.num_clusters = train.num_classes
+    if isinstance(config.loss.prior, str) and config.loss.prior not in ("uniform", "free"):
+        config.loss.prior = read_sizes(config.loss.prior)
+    _check_prior(config)
     channels, image_size = train.images.shape[1], train.images.shape[-1]
     for name, asked, there in (
         ("image_size", config.data.image_size, image_size),
@@ -110,6 +115,28 @@ def complete(config: Config, train: ImageSet) -> Config:
         config.views.mean = [round(value, 4) for value in pixels.mean((0, 2, 3)).tolist()]
         config.views.std = [round(max(value, 1e-3), 4) for value in pixels.std((0, 2, 3)).tolist()]
     return config
+
+
+def _check_prior(config: Config) -> None:
+    prior, k = config.loss.prior, config.model.num_clusters
+    if isinstance(prior, list) and len(prior) != k:
+        raise UsageError(f"loss.prior has {len(prior)} sizes for model.num_clusters={k}: give one for each cluster")
+    if isinstance(prior, list) and math.isinf(sum(prior)):
+        raise UsageError(f"loss.prior with {max(prior)!r}: the sum of the sizes is too large for a number")
+
+
+def build_objectives(config: Config, device: torch.device) -> dict[str, Objective]:
+    """Say of each head with clusters what a complete config trains it towards.
+
+    `loss.prior` is for the clustering heads. The overclustering head keeps clusters of equal size, so that a large
+    class gets many of them.
+    """
+    prior, weight = config.loss.prior, config.loss.entropy_weight
+    if isinstance(prior, list):
+        clustering = Objective(weight, torch.tensor(prior, dtype=torch.float64, device=device))
+    else:
+        clustering = Objective(1.0 if prior == "free" else weight)
+    return dict.fromkeys(config.clustering_heads, clustering) | {"overclustering": Objective(weight)}
 
 
 def build_views(config: Config) -> Views:
@@ -147,7 +174,6 @@ def build_model(config: Config, in_channels: int, image_size: int, fetch_weights
         fetch_weights: False leaves `model.pretrained` weights out, for a checkpoint that holds others.
     """
     model = config.model
-    assert model.num_clusters is not None, "complete() comes first"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         backbone = build_backbone(
@@ -160,7 +186,8 @@ def build_model(config: Config, in_channels: int, image_size: int, fetch_weights
         )
         features = backbone.num_features
         heads: dict[str, torch.nn.Module] = {
-            "clustering": SubHeads(features, model.sub_heads, model.num_clusters, model.head_init_std)
+            head: SubHeads(features, model.sub_heads, k, model.head_init_std)
+            for head, k in config.clustering_heads.items()
         }
         if model.num_overclusters:
             heads["overclustering"] = SubHeads(features, model.sub_heads, model.num_overclusters, model.head_init_std)

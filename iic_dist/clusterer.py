@@ -78,20 +78,21 @@ class Clusterer:
         device: Where it computes.
         image_size: Side in pixels of the images that the network was trained on, before views were made of them.
         channels: Their channels: 1 or 3.
-        num_clusters: K.
+        head: The clustering head that speaks: of a run with several K the recommended one.
+        num_clusters: Its K.
         selected: The sub-head that speaks: the one of lowest loss, chosen without labels.
         batch_size: Images of one forward pass.
     """
 
     def __init__(self, config: Config, state: dict[str, Any], device: torch.device) -> None:
-        data, model = config.data, config.model
+        data = config.data
         assert data.image_size is not None, "the config is complete"
         assert data.channels is not None, "the config is complete"
-        assert model.num_clusters is not None, "the config is complete"
         self.config, self.device = config, device
         self.image_size, self.channels = data.image_size, int(data.channels)
-        self.num_clusters = model.num_clusters
-        self.selected = int(state["sub_heads"]["losses"]["clustering"].argmin())
+        self.head: str = state["clustering_head"]
+        self.num_clusters = config.clustering_heads[self.head]
+        self.selected = int(state["sub_heads"]["losses"][self.head].argmin())
         self.batch_size = config.train.evaluate_batch_size
         self.views = build_views(config)
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
@@ -127,7 +128,7 @@ class Clusterer:
         images = batch.to(self.device)
         views = self.views.evaluation(images, torch.arange(len(images), device=self.device), dtype=self.dtype)
         features = self.model.backbone(views)
-        logits = self.model.heads["clustering"](features)
+        logits = self.model.heads[self.head](features)
         probabilities = torch.softmax(logits[:, self.selected].float(), -1)
         best = probabilities.max(-1)
         return Prediction(

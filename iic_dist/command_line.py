@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,7 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     config, rest = None, []
     remaining = iter(arguments)
     for argument in remaining:
+        argument = re.sub(r"(^|=)(\d+(?:,\d+)+)$", r"\1[\2]", argument)  # 5,10,20 is a list as well
         if argument == "--config":
             config = next(remaining, "")
         elif argument.startswith("--config="):
@@ -125,7 +127,10 @@ def check(config: Config) -> None:
         "model": ("num_overclusters", "projection_dim"),
         "loss": ("clustering", "overclustering", "contrastive"),
         "optim": ("warmup_epochs", "weight_decay", "clip_norm", "momentum"),
-        "train": ("contrastive_warmup_epochs", "evaluate_every", "checkpoint_every_steps", "max_skipped_steps"),
+        "train": (
+            *("contrastive_warmup_epochs", "evaluate_every", "restart_after"),
+            *("checkpoint_every_steps", "max_skipped_steps"),
+        ),
         "monitor": ("pictures_every",),
     }
     for names, lowest, rule in ((positive, 0, "above 0"), (not_negative, -1, "0 or more")):
@@ -144,23 +149,40 @@ def check(config: Config) -> None:
 
 def _check_heads(config: Config) -> None:
     model, train = config.model, config.train
-    for name, count in (
-        ("num_clusters", model.num_clusters),
-        ("num_overclusters", model.num_overclusters or None),
-    ):
-        _require(count is None or count >= 2, f"model.{name}", count, "2 or more")
+    clusters, over = model.num_clusters, model.num_overclusters
+    if isinstance(clusters, list):
+        _check_several(config, clusters)
+    else:
+        _require(clusters is None or clusters >= 2, "model.num_clusters", clusters, "2 or more")
+    _require(over == 0 or over >= 2, "model.num_overclusters", over, "2 or more")
     unknown = [head for head in train.order if head not in HEADS]
     _require(not unknown, "train.order", train.order, f"made of {', '.join(HEADS)}")
     if train.schedule == "alternate":
-        missing = [head for head in config.heads if head not in train.order]
+        missing = [head for head in config.kinds if head not in train.order]
         _require(not missing, "train.order", train.order, f"complete; the model also has {', '.join(missing)}")
-    if train.contrastive_warmup_epochs and "contrastive" not in config.heads:
+    if train.contrastive_warmup_epochs and "contrastive" not in config.kinds:
         raise UsageError(
             f"train.contrastive_warmup_epochs={train.contrastive_warmup_epochs}: there is no contrastive head; "
             "set model.projection_dim, e.g. 128"
         )
-    if config.data.unlabelled and len(config.heads) == 1:
+    if isinstance(config.loss.prior, list):
+        good = bool(config.loss.prior) and all(0 < size < math.inf for size in config.loss.prior)
+        _require(good, "loss.prior", config.loss.prior, "uniform, free, a file of sizes, or sizes above 0")
+    if config.data.unlabelled and len(config.kinds) == 1:
         raise UsageError(
             "data.unlabelled=true: only the overclustering and contrastive heads use unlabelled images; "
             "set model.num_overclusters or model.projection_dim"
         )
+
+
+def _check_several(config: Config, clusters: list[int]) -> None:
+    good = len(clusters) >= 2 and min(clusters) >= 2 and len(set(clusters)) == len(clusters)
+    _require(good, "model.num_clusters", clusters, "one number, or several different ones of 2 or more")
+    sub_heads, prior = config.model.sub_heads, config.loss.prior
+    if sub_heads < 3:
+        raise UsageError(
+            f"model.sub_heads={sub_heads}: to choose among several model.num_clusters, the agreement of at least 3 is "
+            "compared"
+        )
+    if prior not in ("uniform", "free"):
+        raise UsageError(f"loss.prior={prior!r}: sizes are those of one number of clusters, not of {clusters}")

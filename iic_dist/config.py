@@ -117,7 +117,8 @@ class ModelConfig:
         norm: Normalisation of the project's own backbones.
         pretrained: Start from torchvision's ImageNet weights.
         freeze_backbone: Train the heads alone.
-        num_clusters: Clusters wanted. Default: the number of classes of the data set.
+        num_clusters: Clusters wanted. Several numbers, as in 5,10,20, train one clustering head for each, and one of
+            them is recommended and used. Default: the number of classes of the data set.
         num_overclusters: Clusters of the overclustering head; 0 = no such head.
         sub_heads: Independent linear classifiers of each of these heads; the one of lowest loss is selected.
         head_init_std: Deviation of the first weights of these heads. Default: 1 / sqrt(features); the paper's is 0.01.
@@ -129,7 +130,7 @@ class ModelConfig:
     norm: Literal["batch", "group", "none"] = "batch"
     pretrained: bool = False
     freeze_backbone: bool = False
-    num_clusters: int | None = None
+    num_clusters: int | list[int] | None = None
     num_overclusters: int = 0
     sub_heads: int = 5
     head_init_std: float | None = None
@@ -145,14 +146,17 @@ class LossConfig:
         impl: auto takes the compiled losses where they are built; fused insists; torch is plain PyTorch.
         entropy_weight: Weight w of the marginal entropies in the IIC loss; 1 is mutual information, more pushes
             harder towards clusters of equal size.
+        prior: Sizes that the clusters of the clustering head are pushed towards: uniform = equal ones; free = the
+            mutual information alone, whatever entropy_weight; else a file of K relative sizes, one a line, or a list.
         temperature: Of the contrastive loss.
-        clustering: Weight of the clustering head's loss.
+        clustering: Weight of the clustering head's loss; several clustering heads share it.
         overclustering: Weight of the overclustering head's loss.
         contrastive: Weight of the contrastive loss.
     """
 
     impl: Literal["auto", "fused", "torch"] = "auto"
     entropy_weight: float = 1.0
+    prior: list[float] | str = "uniform"
     temperature: float = 0.5
     clustering: float = 1.0
     overclustering: float = 1.0
@@ -193,6 +197,8 @@ class TrainConfig:
         schedule: joint trains all heads in each step on one backbone pass; alternate gives each head its own pass
             over the images in every epoch, in the order of `order`.
         order: Heads of an epoch of the alternate schedule, first to last.
+        restart_after: A sub-head whose loss stays clearly above the lowest of the clustering head for so many epochs is
+            started again from the best one; 0 = never. Not done where several num_clusters are compared.
         contrastive_warmup_epochs: First epochs in which only the contrastive head is trained.
         precision: Of the network; bfloat16 is autocast with float32 weights.
         channels_last: Memory format of the network; faster on GPUs.
@@ -209,6 +215,7 @@ class TrainConfig:
     epochs: int = 50
     schedule: Literal["joint", "alternate"] = "joint"
     order: list[str] = field(default_factory=lambda: ["overclustering", "clustering", "contrastive"])
+    restart_after: int = 15
     contrastive_warmup_epochs: int = 0
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     channels_last: bool = False
@@ -252,10 +259,26 @@ class Config:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     @property
-    def heads(self) -> tuple[str, ...]:
-        """The heads that the model has, in the order of `HEADS`."""
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of heads that the model has, in the order of `HEADS`."""
         present = (True, self.model.num_overclusters > 0, self.model.projection_dim > 0)
         return tuple(head for head, there in zip(HEADS, present, strict=True) if there)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that the model has: one of each kind, or a clustering_K for each K of several."""
+        clusters = self.model.num_clusters
+        several = [f"clustering_{k}" for k in clusters] if isinstance(clusters, list) else ["clustering"]
+        return (*several, *self.kinds[1:])
+
+    @property
+    def clustering_heads(self) -> dict[str, int]:
+        """K of each clustering head of a complete config, by its name."""
+        clusters = self.model.num_clusters
+        if isinstance(clusters, list):
+            return {f"clustering_{k}": k for k in clusters}
+        assert clusters is not None, "complete() comes first"
+        return {"clustering": clusters}
 
     def to_yaml(self) -> str:
         """Return all groups as YAML that `--config FILE` reads back."""

@@ -1,8 +1,9 @@
-"""Cluster the evaluation images, count the clusters against the classes, and show both."""
+"""Cluster the evaluation images, see how the sub-heads do, count the clusters against the classes, and show both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,23 +13,27 @@ from torch import Tensor
 from iic_dist import distributed, inference, metrics, report
 from iic_dist.augment import Views
 from iic_dist.data import ImageSet, ImageSource
+from iic_dist.health import Health, agreement
 from iic_dist.models import ClusterNet
 from iic_dist.monitor import Monitor
+from iic_dist.selection import SubHeadRecord, used_clusters
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the network makes of the evaluation images.
+    """What a head with clusters makes of the evaluation images; but for `assigned`, over all ranks.
 
     Attributes:
         assigned: The clusters of this rank's share.
-        counts: Clusters against classes over all ranks: (H, K, C) on the CPU, or None without labels.
         selected: The sub-head that one would choose without labels.
+        health: What can be said of it without labels.
+        counts: Clusters against classes, (H, K, C); or None without labels.
     """
 
     assigned: inference.Assignments
-    counts: Tensor | None
     selected: int
+    health: Health
+    counts: Tensor | None
 
 
 class Evaluator:
@@ -38,7 +43,7 @@ class Evaluator:
         evaluated: The images and, if they have any, their classes.
         images: The same images, as batches on the device.
         views: `views.evaluation` makes the input.
-        num_clusters: K.
+        shapes: (H, K) of each head with clusters.
         batch_size: Images of one forward pass of a rank.
         dtype: Of the network's input.
     """
@@ -48,34 +53,77 @@ class Evaluator:
         evaluated: ImageSet,
         images: ImageSource,
         views: Views,
-        num_clusters: int,
+        shapes: Mapping[str, tuple[int, int]],
         *,
         batch_size: int,
         dtype: torch.dtype,
     ) -> None:
-        self.evaluated, self.images, self.views, self.num_clusters = evaluated, images, views, num_clusters
+        self.evaluated, self.images, self.views, self.shapes = evaluated, images, views, shapes
         self.batch_size, self.dtype = batch_size, dtype
 
-    def evaluate(self, model: ClusterNet, selected: int, after_each: Callable[[], None] | None = None) -> Evaluation:
-        """Cluster all images; the figures do not depend on the number of ranks or the batch size.
+    def evaluate(
+        self,
+        model: ClusterNet,
+        sub_heads: SubHeadRecord,
+        restarts: Mapping[str, Sequence[int]],
+        after_each: Callable[[], None] | None = None,
+    ) -> dict[str, Evaluation]:
+        """Cluster all images by every head; the figures do not depend on the number of ranks or the batch size.
 
         Args:
             model: Not wrapped in DDP.
-            selected: The sub-head that one would choose without labels.
+            sub_heads: How the sub-heads did in the last pass of the training.
+            restarts: How often each sub-head was started from another one, where some were: these are not compared.
             after_each: Called after every forward pass, equally often on all ranks; may raise to end it here.
 
-        Collective: all ranks must call; reduces H*K*C integers.
+        Collective: all ranks must call; reduces H*K*C + H*H/2*K*K integers of each head.
         """
         assigned = inference.assign(
-            model, self.views, self.images, batch_size=self.batch_size, dtype=self.dtype, after_each=after_each
+            model,
+            self.views,
+            self.images,
+            list(self.shapes),
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            after_each=after_each,
         )
-        return Evaluation(assigned, self._counts(assigned), selected)
+        evaluations = {}
+        for head, (num_sub_heads, _) in self.shapes.items():
+            counts = restarts.get(head, [0] * num_sub_heads)
+            independent = [sub_head for sub_head, count in enumerate(counts) if count == 0]
+            evaluations[head] = self._judge(head, assigned[head], sub_heads, independent)
+        return evaluations
 
-    def _counts(self, assigned: inference.Assignments) -> Tensor | None:
+    def _judge(
+        self, head: str, assigned: inference.Assignments, sub_heads: SubHeadRecord, independent: Sequence[int]
+    ) -> Evaluation:
+        k, selected = self.shapes[head][1], sub_heads.selected(head)
+        sizes = torch.bincount(assigned.clusters[:, selected], minlength=k)
+        # In whole units of 2^-24, float32's own near 1, so that the sum is the same whatever the number of ranks.
+        confidence = (assigned.confidence[:, selected].double() * 2**24).round().long().sum()
+        pairs = metrics.pair_counts(assigned.clusters[:, list(independent)], k)
+        for sums in (sizes, confidence, pairs):
+            distributed.all_reduce_sum(sums)
+        mean, error = agreement(metrics.sub_head_agreement(pairs, len(independent)))
+        health = Health(
+            head=head,
+            num_clusters=k,
+            information_share=float(sub_heads.information[head][selected]) / math.log(k),
+            entropy_share=float(sub_heads.entropy[head][selected]) / math.log(k),
+            used_clusters=int(used_clusters(sizes / sizes.sum())),
+            sizes=sorted(sizes.tolist(), reverse=True),
+            confidence=float(confidence) / 2**24 / len(self.images),
+            agreement=mean,
+            agreement_error=error,
+            compared=len(independent),
+        )
+        return Evaluation(assigned, selected, health, self._counts(assigned, k))
+
+    def _counts(self, assigned: inference.Assignments, num_clusters: int) -> Tensor | None:
         if self.evaluated.labels is None:
             return None
         labels = self.evaluated.labels[assigned.indices].to(assigned.clusters.device)
-        counts = metrics.count_matrix(assigned.clusters, labels, self.num_clusters, self.evaluated.num_classes)
+        counts = metrics.count_matrix(assigned.clusters, labels, num_clusters, self.evaluated.num_classes)
         return distributed.all_reduce_sum(counts).cpu()
 
     def figures(self, evaluation: Evaluation) -> dict[str, Any]:
@@ -91,7 +139,9 @@ class Evaluator:
         """
         clusters, confidence = evaluation.assigned.gathered(evaluation.selected)
         counts = None if evaluation.counts is None else evaluation.counts[evaluation.selected]
-        report.show_clusters(monitor, step, self.evaluated, clusters, confidence, self.num_clusters, counts)
+        report.show_clusters(
+            monitor, step, self.evaluated, clusters, confidence, evaluation.health.num_clusters, counts
+        )
         if monitor.enabled:
             sample = report.projector_sample(len(self.evaluated.images))
             resident, rows, _ = self.images.gather(sample)

@@ -75,7 +75,7 @@ class Probabilities(nn.Module):
         super().__init__()
         self.view = EvaluationView(run.views.second, run.image_size)
         self.backbone = copy.deepcopy(run.model.backbone)
-        head = run.model.heads["clustering"].linear
+        head = run.model.heads[run.head].linear
         assert isinstance(head, nn.Linear)
         k = run.num_clusters
         own = slice(run.selected * k, (run.selected + 1) * k)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+    from iic_dist.health import Recommendation
+
 _BACKGROUND = (236, 236, 236)  # not the white of a Sobel map's zero
 _INK = (40, 40, 40)
 _FAINT_INK = (130, 130, 130)
@@ -104,6 +106,46 @@ def confusion(counts: Tensor | np.ndarray, class_names: Sequence[str]) -> Figure
         for row, column in np.argwhere(table):
             colour = "white" if shares[row, column] > 0.55 else "#303030"
             axes.text(column, row, table[row, column], ha="center", va="center", color=colour, fontsize=8)
+    return figure
+
+
+def choices(recommendation: Recommendation) -> Figure:
+    """Draw over K how well the sub-heads agree, how much they say, and how large the clusters are.
+
+    Args:
+        recommendation: Of at least two K; the recommended one is marked.
+    """
+    from matplotlib.figure import Figure
+
+    healths, chosen = recommendation.choices, recommendation.chosen
+    ks = [each.num_clusters for each in healths]
+    places = range(len(ks))
+    figure = Figure(figsize=(11, 3.6), dpi=100)
+    figure.set_layout_engine("constrained")
+    stability, information, sizes = figure.subplots(1, 3)
+    means, errors = zip(*(each.measured for each in healths), strict=True)
+    stability.errorbar(places, means, errors, fmt="o-", capsize=4, color="#2166ac")
+    stability.set(title="agreement of the sub-heads", ylabel="mean ARI ± standard error")
+    information.plot(places, [each.information_share for each in healths], "o-", color="#2166ac")
+    information.set(title="information", ylabel="mutual information / ln K")
+    sizes.boxplot([each.sizes for each in healths], positions=places, widths=0.5, whis=(0, 100))
+    for place, each in enumerate(healths):
+        sizes.annotate(
+            f"{each.used_clusters} used",
+            (place, each.sizes[0]),
+            (0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    sizes.margins(y=0.12)
+    sizes.set(title="cluster sizes", ylabel="images: least, quartiles, most", ylim=(0, None))
+    for axes in (stability, information, sizes):
+        axes.set_xticks(places, [str(k) for k in ks])
+        axes.set(xlabel="K", xlim=(-0.6, len(ks) - 0.4))
+        axes.axvspan(healths.index(chosen) - 0.4, healths.index(chosen) + 0.4, color="#fddbc7", zorder=0)
+        axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(f"K = {chosen.num_clusters} is recommended", fontsize=11)
     return figure
 
 

@@ -64,7 +64,7 @@ def survey(root: Path) -> Survey | None:
 
 
 def settings(
-    found: Survey, image_size: int | None, channels: int | None, num_clusters: int | None
+    found: Survey, image_size: int | None, channels: int | None, num_clusters: int | list[int] | None
 ) -> dict[str, Choice]:
     """Choose settings, "group.field" by name.
 
@@ -82,6 +82,7 @@ def settings(
     while batch > max(1, found.num_images):
         batch //= 2
     seen = 120_000 if small else 1_000_000
+    largest = max(num_clusters) if isinstance(num_clusters, list) else num_clusters or 10
     epochs = min(_MOST_EPOCHS, max(_FEWEST[backbone], round(seen / found.num_images)))
     kind = "in colour" if colour else "gray"
     policy = (
@@ -96,7 +97,7 @@ def settings(
         "model.backbone": Choice(
             backbone, f"{kind} and {'up to' if size <= _SMALL_SIDE else 'above'} {_SMALL_SIDE} px"
         ),
-        "model.num_overclusters": Choice(3 * (num_clusters or 10), "three times the clusters"),
+        "model.num_overclusters": Choice(3 * largest, "three times the clusters"),
         "model.projection_dim": Choice(128, "a contrastive head beside the clustering heads"),
         "loss.entropy_weight": Choice(2.0, "pushes towards clusters of equal size"),
         "optim.lr": Choice(2e-3 if small else 1e-3, f"with Adam and {backbone}"),

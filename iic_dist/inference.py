@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from iic_dist.models import ClusterNet
 
 @dataclass(frozen=True)
 class Assignments:
-    """What the clustering head says of one rank's share of M images.
+    """What a head with clusters says of one rank's share of M images.
 
     Attributes:
         shares: Number of images of each rank, in rank order; together all M.
@@ -67,17 +67,19 @@ def assign(
     model: ClusterNet,
     views: Views,
     images: ImageSource,
+    heads: Sequence[str],
     *,
     batch_size: int = 1000,
     dtype: torch.dtype = torch.float32,
     after_each: Callable[[], None] | None = None,
-) -> Assignments:
-    """Run the clustering head in evaluation mode over this rank's share of the images.
+) -> dict[str, Assignments]:
+    """Run heads with clusters in evaluation mode over this rank's share of the images.
 
     Args:
         model: Not wrapped in DDP; its mode is restored.
         views: `views.evaluation` makes the input.
         images: All M images, for every rank.
+        heads: Which heads.
         batch_size: Images of one forward pass.
         dtype: Of the network's input.
         after_each: Called after every forward pass, equally often on all ranks; may raise to end it here.
@@ -88,19 +90,21 @@ def assign(
     shares = [stop - start for start, stop in itertools.pairwise(bounds)]
     was_training = model.training
     model.eval()
-    confidence, clusters = [], []
+    parts = []
     try:
         batches = [own[first : first + batch_size] for first in range(0, max(shares), batch_size)]
         for number, indices in enumerate(batches):  # the last may be of no images
             pixels, rows, _ = images.gather(indices)
             if number + 1 < len(batches):
                 images.prefetch(batches[number + 1])
-            logits = model(views.evaluation(pixels, rows, dtype=dtype), ["clustering"])["clustering"]
-            best = torch.softmax(logits.float(), -1).max(-1)
-            confidence.append(best.values)
-            clusters.append(best.indices)
+            logits = model(views.evaluation(pixels, rows, dtype=dtype), heads)
+            parts.append({head: torch.softmax(logits[head].float(), -1).max(-1) for head in heads})
             if after_each is not None:
                 after_each()
     finally:
         model.train(was_training)
-    return Assignments(shares, own, torch.cat(clusters), torch.cat(confidence))
+    assigned = {}
+    for head in heads:
+        confidence, clusters = (torch.cat(column) for column in zip(*(part[head] for part in parts), strict=True))
+        assigned[head] = Assignments(shares, own, clusters, confidence)
+    return assigned

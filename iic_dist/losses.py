@@ -45,13 +45,17 @@ class _IICLoss(torch.autograd.Function):
         logits_a: Tensor,
         logits_b: Tensor,
         entropy_weight: float,
+        prior: Tensor | None,
         group: dist.ProcessGroup | None,
         ops: iic.Implementation,
     ) -> tuple[Tensor, ...]:
         with torch.autocast(logits_a.device.type, enabled=False):  # it would round the joint's products
             sums, probs_a, probs_b = ops.iic_joint(logits_a, logits_b)
             distributed.all_reduce_sum(sums, group)
-            *terms, joint_grad = ops.iic_information(sums, logits_a.shape[2], entropy_weight)
+            information = iic.Information(*ops.iic_information(sums, logits_a.shape[2], entropy_weight))
+            if prior is not None:
+                information = iic.towards_prior(information, sums[-1], prior, entropy_weight)
+            *terms, joint_grad = information
         ctx.ops, ctx.world_size = ops, distributed.world_size(group)
         ctx.save_for_backward(logits_a, logits_b, probs_a, probs_b, joint_grad)
         ctx.mark_non_differentiable(*terms[1:])
@@ -62,11 +66,11 @@ class _IICLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss = grads[0]
         if grad_loss is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         if ctx.world_size > 1:
             grad_loss = grad_loss * ctx.world_size
         with torch.autocast(grad_loss.device.type, enabled=False):
-            return *ctx.ops.iic_logits_grad(*ctx.saved_tensors, grad_loss), None, None, None
+            return *ctx.ops.iic_logits_grad(*ctx.saved_tensors, grad_loss), None, None, None, None
 
 
 def iic_loss(
@@ -74,6 +78,7 @@ def iic_loss(
     logits_b: Tensor,
     *,
     entropy_weight: float = 1.0,
+    prior: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     impl: str = "auto",
 ) -> IICTerms:
@@ -85,6 +90,8 @@ def iic_loss(
         logits_a: (N, H, K), float64, float32, bfloat16 or float16: the first view of N images, H sub-heads.
         logits_b: (R*N, H, K), same dtype: R second views; repeat r of image i stands in row r*N + i.
         entropy_weight: w > 0; above 1 it pushes harder towards clusters of equal size.
+        prior: (K,) on the device of the logits, relative sizes above 0 to push towards instead of equal ones: the
+            marginal entropy H(p) in the loss, which counts 2w - 1 times, becomes ln K - KL(p || prior).
         group: the ranks that share the batch; the default group if there is one.
         impl: "auto", "fused" (raises if the extension is not there) or "torch".
 
@@ -99,7 +106,9 @@ def iic_loss(
     """
     ops = iic.implementation(impl, logits_a.device)
     _check_logits(logits_a, logits_b)
-    return IICTerms(*_IICLoss.apply(logits_a, logits_b, float(entropy_weight), group, ops))
+    if prior is not None and prior.shape != logits_a.shape[2:]:
+        raise ValueError(f"prior {tuple(prior.shape)} for {logits_a.shape[2]} clusters: must be (K,)")
+    return IICTerms(*_IICLoss.apply(logits_a, logits_b, float(entropy_weight), prior, group, ops))
 
 
 def _check_logits(logits_a: Tensor, logits_b: Tensor) -> None:

@@ -97,10 +97,48 @@ def nmi(counts: Tensor | np.ndarray) -> float:
 
 def ari(counts: Tensor | np.ndarray) -> float:
     """Return the Rand index adjusted for chance, in [-0.5, 1]; NaN for no image."""
-    from sklearn.metrics import adjusted_rand_score  # here for the same reason
+    table = _table(counts)
+    total, both = int(table.sum()), int((table**2).sum())
+    by_row, by_column = (int((table.sum(axis) ** 2).sum()) for axis in (1, 0))
+    if not total:
+        return math.nan
+    # Of all ordered pairs of images, those that lie together in both, in one alone, and in neither.
+    together, row_alone, column_alone = both - total, by_row - both, by_column - both
+    apart = total**2 - by_row - by_column + both
+    if row_alone == column_alone == 0:
+        return 1.0
+    chance = (together + row_alone) * (row_alone + apart) + (together + column_alone) * (column_alone + apart)
+    return 2 * (together * apart - row_alone * column_alone) / chance
 
-    clusters, classes = _assignments(counts)
-    return float(adjusted_rand_score(classes, clusters)) if len(classes) else math.nan
+
+def pair_counts(clusters: Tensor, num_clusters: int) -> Tensor:
+    """Count how many images each two sub-heads put into which two clusters.
+
+    Args:
+        clusters: (M, H) int64, the cluster of each image by each sub-head, in [0, K).
+        num_clusters: K.
+
+    Returns:
+        (H (H - 1) / 2, K, K) int64; the pairs of sub-heads stand in the order of `sub_head_agreement`. The sum over
+        shards is that of the whole.
+    """
+    k, num_sub_heads = num_clusters, clusters.shape[1]
+    pairs = [count_matrix(clusters[:, :h], clusters[:, h], k, k) for h in range(1, num_sub_heads)]
+    return torch.cat(pairs) if pairs else clusters.new_zeros(0, k, k)
+
+
+def sub_head_agreement(counts: Tensor, num_sub_heads: int) -> np.ndarray:
+    """Return the ARI of each two sub-heads, (H, H) symmetric with ones in the diagonal.
+
+    Args:
+        counts: (H (H - 1) / 2, K, K), from `pair_counts`: the pairs (0, 1), (0, 2), (1, 2), (0, 3), ...
+        num_sub_heads: H.
+    """
+    matrix = np.eye(num_sub_heads)
+    pairs = ((a, b) for b in range(1, num_sub_heads) for a in range(b))
+    for (a, b), table in zip(pairs, _table(counts), strict=True):
+        matrix[a, b] = matrix[b, a] = ari(table)
+    return matrix
 
 
 def summarize(counts: Tensor | np.ndarray, selected: int) -> dict[str, Any]:

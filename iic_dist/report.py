@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from iic_dist import figures
 from iic_dist.augment import Views
 from iic_dist.data import ImageSet
+from iic_dist.health import Health, Recommendation
 from iic_dist.losses import IICTerms
 from iic_dist.monitor import Monitor
 from iic_dist.selection import used_clusters
@@ -30,13 +31,14 @@ def head_numbers(head: str, terms: IICTerms) -> dict[str, Tensor]:
     Returns:
         Scalars on the device, under the names that TensorBoard shows.
     """
-    k = terms.joint.shape[-1]
-    used = used_clusters(terms.joint).to(terms.loss.dtype)
+    k, shares = terms.joint.shape[-1], terms.joint.sum(2)
     numbers = {
         f"{head}/information_share_of_ln_k": terms.mutual_information.mean() / math.log(k),
         f"{head}/entropy_nats": terms.entropy.mean(),
         f"{head}/conditional_entropy_nats": terms.conditional_entropy.mean(),
-        f"{head}/used_clusters": used.mean(),
+        f"{head}/used_clusters": used_clusters(shares).to(terms.loss.dtype).mean(),
+        f"{head}/smallest_cluster_share": shares.amin(1).mean(),
+        f"{head}/largest_cluster_share": shares.amax(1).mean(),
     }
     return numbers | {f"{head}_sub_head_loss_nats/{h}": loss for h, loss in enumerate(terms.loss)}
 
@@ -55,6 +57,27 @@ def result_numbers(result: Mapping[str, Any]) -> dict[str, float]:
         return {}
     accuracy = {f"accuracy/{name}": value for name, value in result["accuracy"].items()}
     return accuracy | {"evaluation/nmi": result["nmi"], "evaluation/ari": result["ari"]}
+
+
+def health_numbers(health: Sequence[Health]) -> dict[str, float]:
+    """Return what is drawn over time of the health of several heads."""
+    return {name: value for each in health for name, value in each.numbers().items()}
+
+
+def result_lines(result: Mapping[str, Any], recommendation: Recommendation) -> list[str]:
+    """Say what an evaluation adds to the health of the heads: which K is recommended, and how right it is."""
+    lines = []
+    if recommendation.reason:
+        lines.append(f"K = {recommendation.chosen.num_clusters} is recommended: {recommendation.reason}")
+    if result["accuracy"] is not None:
+        lines.append(f"accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
+    return lines
+
+
+def show_choices(monitor: Monitor, step: int, recommendation: Recommendation) -> None:
+    """Show how the clustering heads of several K compare; nothing where there is one."""
+    if monitor.enabled and len(recommendation.choices) > 1:
+        monitor.figure("clusters/choices", figures.choices(recommendation), step)
 
 
 def show_views(monitor: Monitor, step: int, views: Views, images: Tensor, device: torch.device) -> None:

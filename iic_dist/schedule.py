@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from iic_dist.data import Batch, Sampler
 
 
+def kind(head: str) -> str:
+    """Return what sort of head a name stands for: clustering_20 is one of several clustering heads."""
+    return head.partition("_")[0]
+
+
 @dataclass(frozen=True)
 class Pass:
     """One walk over the images with some heads in training.
@@ -27,12 +32,12 @@ class Schedule:
     """The passes of every epoch.
 
     Args:
-        heads: The heads of the model.
+        heads: The heads of the model; several of one kind always train together.
         sampler: Order of the images that all heads train on.
-        wide_sampler: Order of these and the unlabelled images, for all heads but "clustering"; `sampler` itself
+        wide_sampler: Order of these and the unlabelled images, for all heads but the clustering ones; `sampler` itself
             where there are none.
         alternate: Give each head its own pass in every epoch, instead of one pass for all.
-        order: Heads of an alternating epoch, first to last.
+        order: Kinds of heads of an alternating epoch, first to last.
         contrastive_warmup_epochs: First epochs, in which the contrastive head trains alone.
         views: Views of an image in a step, 1 + R.
     """
@@ -49,9 +54,10 @@ class Schedule:
         views: int,
     ) -> None:
         self.heads = tuple(heads)
-        self.samplers = {head: sampler if head == "clustering" else wide_sampler for head in heads}
+        self.samplers = {head: sampler if kind(head) == "clustering" else wide_sampler for head in heads}
         self.alternate = alternate
-        self.order = tuple(head for head in order if head in heads)
+        turns = [tuple(head for head in heads if kind(head) == turn) for turn in order]
+        self.order = [turn for turn in turns if turn]
         self.warmup_epochs = contrastive_warmup_epochs
         self.views = views
 
@@ -66,7 +72,7 @@ class Schedule:
         if epoch < self.warmup_epochs:
             turns = [("contrastive",)]
         elif self.alternate:
-            turns = [(head,) for head in self.order]
+            turns = self.order
         return [
             Pass(turn, self.samplers[turn[0]].steps_per_epoch, number * self.views) for number, turn in enumerate(turns)
         ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iic_dist.ops.iic import iic_information
+from iic_dist.objective import Objective
+from iic_dist.ops.iic import iic_information, towards_prior
 
 USED = 0.1
 """A cluster counts as used where its share of the images is above this times 1 / K."""
@@ -21,30 +23,39 @@ LEAST_USED = 0.5
 """A sub-head has collapsed where less than this share of its clusters is used."""
 
 
-def used_clusters(joint: Tensor) -> Tensor:
-    """Count the clusters that are used: (..., K, K) joints that sum to one -> (...)."""
-    return (joint.sum(-1) > USED / joint.shape[-1]).sum(-1)
+def used_clusters(shares: Tensor) -> Tensor:
+    """Count the clusters that are used: (..., K) shares of the images -> (...)."""
+    return (shares > USED / shares.shape[-1]).sum(-1)
 
 
 class SubHeadRecord:
     """The loss of every sub-head on the joint of a whole pass, which is less noisy than that of a batch.
 
     Args:
-        shapes: (H, K) of each clustering head, by its name.
-        entropy_weight: Of the IIC loss.
+        shapes: (H, K) of each head with clusters, by its name.
+        objectives: Of each of these heads.
         device: Where the joints are.
         dtype: Of the joints.
 
     Attributes:
         losses: (H,) of each head over its last pass, in nats; infinite before the first.
+        information: (H,) likewise, the mutual information of the views, in nats; 0 before the first.
+        entropy: (H,) likewise, of the marginal.
         collapsed: Of each head the sub-heads that put (nearly) all images of its last pass into a few clusters.
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], entropy_weight: float, device: torch.device, dtype: torch.dtype
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        objectives: Mapping[str, Objective],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        self.shapes, self.entropy_weight = dict(shapes), entropy_weight
+        self.shapes, self.objectives = dict(shapes), dict(objectives)
         self.losses = {head: torch.full((h,), math.inf, device=device, dtype=dtype) for head, (h, _) in shapes.items()}
+        self.information, self.entropy = (
+            {head: torch.zeros(h, device=device, dtype=dtype) for head, (h, _) in shapes.items()} for _ in range(2)
+        )
         self.collapsed: dict[str, list[int]] = {head: [] for head in shapes}
         # Of the pass that is going on: the sum of the joints, and as the last number how many there are.
         self._sums = {head: torch.zeros(h * k * k + 1, device=device, dtype=dtype) for head, (h, k) in shapes.items()}
@@ -69,9 +80,13 @@ class SubHeadRecord:
             sums, (h, k) = self._sums[head], self.shapes[head]
             if sums[-1] == 0:  # all of its steps were skipped
                 continue
-            terms = iic_information(sums, k, self.entropy_weight)
+            objective = self.objectives[head]
+            terms = iic_information(sums, k, objective.entropy_weight)
+            if objective.prior is not None:
+                terms = towards_prior(terms, sums[-1], objective.prior, objective.entropy_weight)
             self.losses[head] = terms.loss
-            used = used_clusters(terms.joint)
+            self.information[head], self.entropy[head] = terms.mutual_information, terms.entropy
+            used = used_clusters(terms.joint.sum(-1))
             few = (terms.entropy < LEAST_ENTROPY * math.log(k)) | (used < LEAST_USED * k)
             collapsed = [place for place, bad in enumerate(few.tolist()) if bad]
             if not set(collapsed) <= set(self.collapsed[head]):
@@ -89,20 +104,24 @@ class SubHeadRecord:
         """Return the sub-head with the lowest loss over the last pass of its head."""
         return int(self.losses[head].argmin())
 
-    def lowest_loss(self, head: str = "clustering") -> float:
-        """Return the loss of the selected sub-head over the last pass of its head, infinite before the first.
+    def lowest_loss(self, heads: Iterable[str] = ("clustering",)) -> float:
+        """Return the mean over some heads of the loss of their selected sub-heads, infinite before their first pass.
 
         Sync: waits for the device.
         """
-        return float(self.losses[head].min())
+        return statistics.fmean(float(self.losses[head].min()) for head in heads)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs to go on, also in the middle of a pass."""
-        return {"losses": self.losses, "collapsed": self.collapsed, "sums": self._sums}
+        return {**self._judged(), "collapsed": self.collapsed, "sums": self._sums}
+
+    def _judged(self) -> dict[str, dict[str, Tensor]]:
+        return {"losses": self.losses, "information": self.information, "entropy": self.entropy}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
         for head in self._sums:
-            self.losses[head] = state["losses"][head].to(self.losses[head])
+            for name, values in self._judged().items():
+                values[head] = state[name][head].to(values[head])
             self._sums[head].copy_(state["sums"][head])
         self.collapsed = {head: list(state["collapsed"][head]) for head in self.collapsed}

@@ -108,11 +108,11 @@ def _why_not(folder: Path, config: Config) -> str | None:
     return None
 
 
-def compare_with_kmeans(trainer: Trainer) -> None:
+def compare_with_kmeans(trainer: Trainer, num_clusters: int) -> None:
     """Print what k-means on the pixels makes of the evaluation images, if they have labels."""
     evaluated = trainer.data.evaluation
     if evaluated.labels is not None:
-        share = metrics.kmeans_accuracy(evaluated.images, evaluated.labels, trainer.num_clusters)
+        share = metrics.kmeans_accuracy(evaluated.images, evaluated.labels, num_clusters)
         print(f"accuracy {share:.4f} by k-means on the pixels", flush=True)
 
 
@@ -136,7 +136,7 @@ def train(config: Config, place: Place, stop: StopSignals) -> None:
             return
         say(place, f"\n{report.summary(result)}")
         if config.monitor.kmeans and place.is_main:
-            compare_with_kmeans(trainer)
+            compare_with_kmeans(trainer, result["num_clusters"])
         say(place, f"run: {folder}    look at it: tensorboard --logdir {folder.parent}")
     finally:
         distributed.stop()

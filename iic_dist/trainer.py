@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iic_dist import report, restart
-from iic_dist.build import RunData, build_model, build_schedule, build_views, complete
+from iic_dist.build import RunData, build_model, build_objectives, build_schedule, build_views, complete
 from iic_dist.config import Config
 from iic_dist.data import Batch, place_images
 from iic_dist.distributed import Place
@@ -23,13 +23,15 @@ from iic_dist.errors import UsageError
 from iic_dist.evaluation import Evaluation, Evaluator
 from iic_dist.files import write_whole
 from iic_dist.guard import Poll, StepGuard
+from iic_dist.health import Recommendation, recommend
 from iic_dist.losses import IICTerms, iic_loss, start_nt_xent_loss
 from iic_dist.models import SubHeads, distribute, on_device
 from iic_dist.monitor import Monitor
 from iic_dist.optim import build_optimizer, learning_rate
-from iic_dist.schedule import Pass
+from iic_dist.schedule import Pass, kind
 from iic_dist.selection import SubHeadRecord
 from iic_dist.stop import Stopping, StopSignals
+from iic_dist.stuck import StuckSubHeads
 
 _logger = logging.getLogger(__name__)
 
@@ -65,8 +67,8 @@ class Trainer:
             sync_batchnorm=train.sync_batchnorm,
             channels_last=train.channels_last,
         )
-        assert self.config.model.num_clusters is not None, "complete() has seen to it"
-        self.num_clusters = self.config.model.num_clusters
+        heads = {name: head for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
+        self.shapes = {name: head.shape for name, head in heads.items()}
         self._put_images()
         self.schedule = build_schedule(config, place, len(data.train.images), len(self.images))
         self.total_steps = self.schedule.total_steps(train.epochs)
@@ -76,8 +78,21 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
         )
-        shapes = {name: head.shape for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
-        self.sub_heads = SubHeadRecord(shapes, config.loss.entropy_weight, device, self.dtype)
+        self.objectives = build_objectives(self.config, device)
+        self.sub_heads = SubHeadRecord(self.shapes, self.objectives, device, self.dtype)
+        clustering = self.config.clustering_heads
+        self.stuck = StuckSubHeads(
+            {name: heads[name] for name in clustering},
+            self.optimizer,
+            # Where several K are compared by the agreement of their sub-heads, copies would spoil it.
+            patience=train.restart_after if len(clustering) == 1 else 0,
+            seed=config.run.seed,
+        )
+        self.weights = {
+            head: getattr(config.loss, kind(head)) / (len(clustering) if head in clustering else 1)
+            for head in self.model.heads
+        }
+        self.clustering_head = self.config.heads[0]  # until an evaluation recommends one of several
         self.guard = StepGuard(self.model, self.optimizer, device, train.max_skipped_steps)
         self.poll, self.stop = Poll(device), StopSignals()
         self.step = self.epoch = 0
@@ -95,7 +110,7 @@ class Trainer:
             data.evaluation,
             self.images if same else place_images(data.evaluation.images, self.device, budget),
             self.views,
-            self.num_clusters,
+            self.shapes,
             batch_size=self.config.train.evaluate_batch_size,
             dtype=self.dtype,
         )
@@ -134,7 +149,7 @@ class Trainer:
                 result = self._evaluate_and_show(monitor, bar)
             self.epoch = done
             if done == train.epochs or done % train.checkpoint_every == 0:
-                restart.save(folder, self.state_dict(), self.sub_heads.lowest_loss())
+                restart.save(folder, self.state_dict(), self.sub_heads.lowest_loss(self.config.clustering_heads))
         return result or self.evaluate()
 
     def _progress(self) -> tqdm[Any]:
@@ -231,7 +246,7 @@ class Trainer:
         ]
         for head, finish in losses:  # the contrastive head is the last: its gather runs beside the other losses
             loss, terms[head] = finish()
-            total = total + getattr(self.config.loss, head) * loss
+            total = total + self.weights[head] * loss
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         skipped = self.guard.end(total.detach(), self.stop.received is not None, self.config.optim.clip_norm)
@@ -245,7 +260,9 @@ class Trainer:
         return terms
 
     def _end_pass(self, each: Pass) -> None:
-        for line in self.sub_heads.end_pass(each.heads):
+        warnings = self.sub_heads.end_pass(each.heads)
+        warnings += self.stuck.end_pass(each.heads, self.sub_heads.losses, self.epoch)
+        for line in warnings:
             if self.place.is_main:
                 _logger.warning("epoch %d: %s", self.epoch + 1, line)
 
@@ -268,7 +285,8 @@ class Trainer:
         first, second = outputs[:n], outputs[n:]
 
         def clustering() -> tuple[Tensor, IICTerms | Tensor]:
-            terms = iic_loss(first, second, entropy_weight=loss.entropy_weight, impl=loss.impl)
+            towards = self.objectives[head]
+            terms = iic_loss(first, second, entropy_weight=towards.entropy_weight, prior=towards.prior, impl=loss.impl)
             return terms.loss.mean(), terms._replace(loss=terms.loss.detach())
 
         if head != "contrastive":
@@ -284,27 +302,36 @@ class Trainer:
 
         return contrastive
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self) -> tuple[dict[str, Evaluation], Recommendation]:
+        """Evaluate the network head by head, and choose a clustering head."""
+
         def heed() -> None:
             if self.poll.stop(self.stop.received is not None):
                 raise Stopping
 
-        return self.evaluator.evaluate(self.model, self.sub_heads.selected(), heed)
+        evaluations = self.evaluator.evaluate(self.model, self.sub_heads, self.stuck.restarts, heed)
+        recommendation = recommend([evaluations[head].health for head in self.config.clustering_heads])
+        self.clustering_head = recommendation.chosen.head
+        return evaluations, recommendation
 
-    def _result(self, evaluation: Evaluation, epochs: int) -> dict[str, Any]:
+    def _result(
+        self, evaluations: Mapping[str, Evaluation], recommendation: Recommendation, epochs: int
+    ) -> dict[str, Any]:
+        chosen = recommendation.chosen
         seen = self.config.data.batch_size * self.step
         return {
             "data": self.data.evaluation.name,
             "num_images": len(self.data.evaluation.images),
-            "num_clusters": self.num_clusters,
+            "num_clusters": chosen.num_clusters,
             "epochs": epochs,
             "world_size": self.place.world_size,
             "seed": self.config.run.seed,
-            **self.evaluator.figures(evaluation),
+            **self.evaluator.figures(evaluations[chosen.head]),
             "images_per_second": round(seen / self.train_seconds, 1) if self.train_seconds else None,
             "train_seconds": round(self.train_seconds, 2),
             "skipped_steps": self.guard.skipped,
             "collapsed_sub_heads": self.sub_heads.collapsed,
+            "choices": recommendation.as_json(),
         }
 
     def evaluate(self) -> dict[str, Any]:
@@ -312,18 +339,20 @@ class Trainer:
 
         Collective: all ranks must call; the figures do not depend on their number.
         """
-        return self._result(self._evaluate(), self.epoch)
+        return self._result(*self._evaluate(), self.epoch)
 
     def _evaluate_and_show(self, monitor: Monitor, bar: tqdm[Any]) -> dict[str, Any]:
-        evaluation, epochs = self._evaluate(), self.epoch + 1
-        result = self._result(evaluation, epochs)
-        if numbers := report.result_numbers(result):
-            monitor.scalars(self.step, numbers)
+        (evaluations, recommendation), epochs = self._evaluate(), self.epoch + 1
+        result = self._result(evaluations, recommendation, epochs)
+        health = [evaluation.health for evaluation in evaluations.values()]
+        monitor.scalars(self.step, report.health_numbers(health) | report.result_numbers(result))
+        for line in [each.line() for each in health] + report.result_lines(result, recommendation):
             if self.place.is_main:
-                bar.write(f"epoch {epochs}: accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
+                bar.write(f"epoch {epochs}: {line}")
         every = self.config.monitor.pictures_every
         if epochs == self.config.train.epochs or (every and epochs % every == 0):
-            self.evaluator.show(monitor, self.step, evaluation, self.model)
+            self.evaluator.show(monitor, self.step, evaluations[self.clustering_head], self.model)
+            report.show_choices(monitor, self.step, recommendation)
         return result
 
     def resume(self, folder: Path, *, best: bool = False) -> bool:
@@ -357,6 +386,8 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sub_heads": self.sub_heads.state_dict(),
+            "stuck": self.stuck.state_dict(),
+            "clustering_head": self.clustering_head,
             "guard": self.guard.state_dict(),
         }
 
@@ -368,3 +399,5 @@ class Trainer:
         self.train_seconds = state["train_seconds"]
         self.guard.load_state_dict(state["guard"])
         self.sub_heads.load_state_dict(state["sub_heads"])
+        self.stuck.load_state_dict(state["stuck"])
+        self.clustering_head = state["clustering_head"]

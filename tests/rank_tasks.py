@@ -19,17 +19,20 @@ from iic_dist.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.folder_prediction import FolderPrediction, predict_folder
 from iic_dist.losses import iic_loss, nt_xent_loss, start_nt_xent_loss
+from iic_dist.models import SubHeads
+from iic_dist.stuck import StuckSubHeads
 from iic_dist.trainer import Trainer
 
 ENTROPY_WEIGHT = 1.5
+PRIOR = (1.0, 2.0, 3.0, 4.0, 10.0)
 TEMPERATURE = 0.2
 
 
 def small_model(loss: str) -> nn.Module:
     """A norm-free network in float64 whose output is (B, 3, 5) logits or (B, 6) embeddings."""
     torch.manual_seed(0)
-    layers = [nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 15 if loss == "iic" else 6)]
-    if loss == "iic":
+    layers = [nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 6 if loss == "nt_xent" else 15)]
+    if loss != "nt_xent":
         layers.append(nn.Unflatten(1, (3, 5)))
     return nn.Sequential(*layers).double()
 
@@ -47,8 +50,9 @@ def value_and_gradient(
     repeats = second.shape[0]
     outputs = model(torch.cat([first[own], second[:, own].flatten(0, 1)]))
     a, b = outputs[: shards[rank]], outputs[shards[rank] :]
-    if loss == "iic":
-        value = iic_loss(a, b, entropy_weight=ENTROPY_WEIGHT, group=group).loss.sum()
+    if loss != "nt_xent":
+        prior = torch.tensor(PRIOR) if loss == "iic with a prior" else None
+        value = iic_loss(a, b, entropy_weight=ENTROPY_WEIGHT, prior=prior, group=group).loss.sum()
     else:
         assert repeats == 1
         value = nt_xent_loss(a, b, temperature=TEMPERATURE, group=group)
@@ -129,6 +133,7 @@ def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[
         "parameters": parameters,
         "accuracy": figures["accuracy"],
         "nmi": figures["nmi"],
+        "choices": figures["choices"],
     }
 
 
@@ -221,3 +226,24 @@ def bad_step(rank: int, group: dist.ProcessGroup, arguments: list[str], place: s
 def predicted(rank: int, group: dist.ProcessGroup | None, run: Path, images: Path) -> FolderPrediction:
     """Cluster a folder on all ranks of the default group."""
     return predict_folder(load(run, "cpu"), images)
+
+
+def watched_sub_heads(patience: int, seed: int = 0) -> tuple[StuckSubHeads, SubHeads, torch.optim.Optimizer]:
+    """Four sub-heads of four clusters after two steps of Adam, and what watches them."""
+    torch.manual_seed(1)
+    head = SubHeads(200, 4, 4)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        head(torch.randn(8, 200)).square().sum().backward()
+        optimizer.step()
+    return StuckSubHeads({"clustering": head}, optimizer, patience, seed), head, optimizer
+
+
+def restarted_weights(rank: int, group: dist.ProcessGroup) -> tuple[Tensor, list[int]]:
+    """Let the first rank see another stuck sub-head than the others; return weights and restarts."""
+    watched, head, _ = watched_sub_heads(patience=1)
+    losses = torch.full((4,), -2.0)
+    losses[1 + rank] = -1.0
+    watched.end_pass(["clustering"], {"clustering": losses}, 3)
+    return head.linear.weight.detach(), watched.restarts["clustering"]

@@ -49,6 +49,17 @@ def test_the_heads_follow_from_their_sizes() -> None:
     assert config.heads == ("clustering", "overclustering", "contrastive")
 
 
+def test_several_numbers_of_clusters_have_a_head_each() -> None:
+    config = parse(["--model.num_clusters", "5,10,20"])
+    assert config.model.num_clusters == [5, 10, 20]
+    assert config == parse(["--model.num_clusters=[5,10,20]"])
+    assert config.heads == ("clustering_5", "clustering_10", "clustering_20", "overclustering", "contrastive")
+    assert config.clustering_heads == {"clustering_5": 5, "clustering_10": 10, "clustering_20": 20}
+    config.model.num_clusters = 7
+    assert config.heads == ("clustering", "overclustering", "contrastive")
+    assert config.clustering_heads == {"clustering": 7}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -64,6 +75,13 @@ def test_the_heads_follow_from_their_sizes() -> None:
         (["--loss.temperature", "0"], "loss.temperature=0.0"),
         (["--run.seed", "-3"], "run.seed=-3"),
         (["--model.num_clusters", "1"], "model.num_clusters=1: must be 2 or more"),
+        (["--model.num_clusters", "5,1"], r"model.num_clusters=\[5, 1\]: must be one number, or several different"),
+        (["--model.num_clusters", "5,5"], r"model.num_clusters=\[5, 5\]: must be"),
+        (["--model.num_clusters", "[7]"], r"model.num_clusters=\[7\]: must be"),
+        (["--model.num_clusters", "5,8", "--model.sub_heads", "2"], "model.sub_heads=2: .*at least 3"),
+        (["--model.num_clusters", "5,8", "--loss.prior", "sizes.txt"], r"loss.prior='sizes.txt'.*not of \[5, 8\]"),
+        (["--model.num_clusters", "2", "--loss.prior", "[1, -2]"], r"loss.prior=\[1.0, -2.0\]: must be uniform, free"),
+        (["--train.restart_after", "-1"], "train.restart_after=-1: must be 0 or more"),
         (["--train.order", "[clustering, nonsense]"], "train.order=.*nonsense"),
         (["--config", "cifar10-alternate", "--train.order", "[clustering]"], "overclustering, contrastive"),
         (

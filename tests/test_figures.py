@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from iic_dist.figures import cluster_mosaic, confusion, render, view_pairs
+from iic_dist.figures import choices, cluster_mosaic, confusion, render, view_pairs
+from iic_dist.health import Health, recommend
 
 
 def _coloured(count: int, size: int = 8, red: int = 255) -> torch.Tensor:
@@ -179,3 +180,17 @@ def test_mosaic_takes_gray_images_fewer_than_asked_for() -> None:
     picture = cluster_mosaic(images, torch.arange(3), torch.ones(3), 3, per_cluster=12)
     assert picture.dtype == np.uint8
     assert picture.shape[0] >= 3 * 56
+
+
+def test_choices_shows_every_k_and_marks_the_recommended_one() -> None:
+    healths = [
+        Health(f"clustering_{k}", k, share, 1.0, used, [9 * k] * k, 0.9, mean, 0.02, 5)
+        for k, share, used, mean in ((5, 0.7, 5, 0.6), (10, 0.9, 10, 0.9), (20, 0.8, 17, 0.7))
+    ]
+    figure = choices(recommend(healths))
+    assert figure.get_suptitle() == "K = 10 is recommended"
+    stability, information, sizes = figure.axes
+    assert [label.get_text() for label in stability.get_xticklabels()] == ["5", "10", "20"]
+    assert information.lines[0].get_ydata().tolist() == [0.7, 0.9, 0.8]
+    assert {text.get_text() for text in sizes.texts} == {"5 used", "10 used", "17 used"}
+    assert render(figure).shape == (360, 1100, 3)

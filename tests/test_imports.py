@@ -12,23 +12,23 @@ import iic_dist
 PACKAGE = Path(iic_dist.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-COMMANDS = {"train", "evaluate", "predict", "export", "doctor"}
+COMMANDS = {"train", "evaluate", "choose", "predict", "export", "doctor"}
 SEES_CONFIG = COMMANDS | {"command_line", "build", "trainer", "config", "clusterer", "folder_settings"}
 LEVEL = {
     **dict.fromkeys(("errors", "config"), 0),
-    **dict.fromkeys(("ops", "distributed", "philox", "files", "stop"), 1),
+    **dict.fromkeys(("ops", "distributed", "philox", "files", "stop", "objective"), 1),
     **dict.fromkeys(
         ("view_spec", "guard", "data", "models", "losses", "optim", "checkpoint", "metrics", "command_line"), 2
     ),
-    **dict.fromkeys(("restart", "augment", "schedule", "figures", "selection", "folder_settings"), 3),
-    **dict.fromkeys(("monitor", "inference"), 4),
-    **dict.fromkeys(("report", "build"), 5),
-    "evaluation": 6,
-    "clusterer": 6,
-    **dict.fromkeys(("trainer", "folder_prediction"), 7),
-    **dict.fromkeys(("prediction_files", "gallery", "export", "__init__"), 8),
-    **dict.fromkeys(("doctor", "train"), 8),
-    **dict.fromkeys(("evaluate", "predict"), 9),
+    **dict.fromkeys(("restart", "augment", "schedule", "health", "selection", "stuck", "folder_settings"), 3),
+    "figures": 4,
+    **dict.fromkeys(("monitor", "inference"), 5),
+    **dict.fromkeys(("report", "build"), 6),
+    **dict.fromkeys(("evaluation", "clusterer"), 7),
+    **dict.fromkeys(("trainer", "folder_prediction"), 8),
+    **dict.fromkeys(("prediction_files", "gallery", "export", "__init__", "doctor", "train"), 9),
+    **dict.fromkeys(("evaluate", "predict"), 10),
+    "choose": 11,
 }
 
 

@@ -13,9 +13,18 @@ from ranks import Ranks
 from torch import Tensor
 
 from iic_dist.losses import iic_loss, nt_xent_loss
+from iic_dist.ops import backend
 
 # Largest relative norm of the error by dtype of the input; the cancellation in g - <z, g> sets that of gradients.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+IMPLEMENTATIONS = [
+    "torch",
+    pytest.param(
+        "fused", marks=pytest.mark.skipif(backend.WHY_NOT_FUSED is not None, reason=str(backend.WHY_NOT_FUSED))
+    ),
+]
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -117,6 +126,60 @@ def test_nan_logits_give_a_nan_loss() -> None:
     a[3, 0, 2] = torch.nan
     loss = iic_loss(a, b).loss
     assert loss.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("n", "h", "k", "repeats"), [(7, 3, 5, 2), (64, 5, 10, 3), (50, 2, 70, 1)])
+def test_iic_with_a_prior_equals_the_divergence_from_it(
+    n: int, h: int, k: int, repeats: int, dtype: torch.dtype, impl: str
+) -> None:
+    inputs = logits(n, h, k, repeats, dtype=dtype)
+    sizes = torch.arange(1, k + 1, dtype=torch.float64)
+    upstream = torch.linspace(0.5, 2, h, dtype=torch.float64)
+    for weight in (0.7, 1.0, 2.0):
+        value, gradients = with_gradients(
+            lambda a, b, w=weight: (
+                iic_loss(a, b, entropy_weight=w, prior=sizes, impl=impl).loss.double() * upstream
+            ).sum(),
+            *inputs,
+        )
+        expected, expected_gradients = with_gradients(
+            lambda a, b, w=weight: (published.iic(a, b, w, sizes) * upstream).sum(), *(x.double() for x in inputs)
+        )
+        assert abs(value - expected) <= TOLERANCE[dtype] * max(abs(expected), math.log(k))
+        for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+            assert relative_error(gradient, wanted) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_prior_of_equal_sizes_changes_nothing(impl: str) -> None:
+    inputs = logits(20, 2, 5, 2)
+    equal = torch.full((5,), 3.0)
+    for weight in (1.0, 2.0):
+        plain = with_gradients(lambda a, b, w=weight: iic_loss(a, b, entropy_weight=w, impl=impl).loss.sum(), *inputs)
+        prior = with_gradients(
+            lambda a, b, w=weight: iic_loss(a, b, entropy_weight=w, prior=equal, impl=impl).loss.sum(), *inputs
+        )
+        torch.testing.assert_close(prior, plain, rtol=1e-13, atol=1e-15)
+
+
+def test_the_lowest_loss_has_the_sizes_of_the_prior() -> None:
+    """Agreement with certainty and clusters of these sizes: -(2w - 1) ln K, as with equal sizes; else more."""
+    sizes, weight = torch.tensor([1.0, 2, 5]), 1.5
+
+    def loss(counts: list[int]) -> float:
+        one_hot = 1e4 * torch.eye(3, dtype=torch.float64).repeat_interleave(torch.tensor(counts), 0).unsqueeze(1)
+        return iic_loss(one_hot, one_hot, entropy_weight=weight, prior=sizes).loss.item()
+
+    assert loss([10, 20, 50]) == pytest.approx(-2 * math.log(3))
+    for other in ([27, 27, 26], [50, 20, 10], [11, 20, 49], [0, 0, 80]):
+        assert loss(other) > loss([10, 20, 50]) + 1e-4
+
+
+def test_a_prior_must_have_a_size_for_each_cluster() -> None:
+    with pytest.raises(ValueError, match=r"prior \(4,\) for 5 clusters"):
+        iic_loss(*logits(6, 1, 5, 1), prior=torch.ones(4))
 
 
 def test_autocast_does_not_round_the_loss() -> None:
@@ -225,15 +288,17 @@ SHARDS = [[12], [6, 6], [4, 4, 4], [3, 3, 3, 3], [7, 5], [1, 9, 2], [2, 5, 1, 4]
 
 
 @pytest.mark.parametrize("shards", SHARDS, ids=str)
-@pytest.mark.parametrize(("loss", "repeats"), [("iic", 1), ("iic", 3), ("nt_xent", 1)])
+@pytest.mark.parametrize(("loss", "repeats"), [("iic", 1), ("iic", 3), ("iic with a prior", 2), ("nt_xent", 1)])
 def test_value_and_gradient_of_any_sharding_are_those_of_one_process(
     ranks: Ranks, loss: str, repeats: int, shards: list[int], generator: torch.Generator
 ) -> None:
     first = torch.randn(12, 7, generator=generator, dtype=torch.float64)
     second = first + torch.randn(repeats, 12, 7, generator=generator, dtype=torch.float64)
     model = rank_tasks.small_model(loss)
-    if loss == "iic":
-        expected = published.iic(model(first), model(second.flatten(0, 1)), rank_tasks.ENTROPY_WEIGHT).sum()
+    if loss != "nt_xent":
+        prior = torch.tensor(rank_tasks.PRIOR) if loss == "iic with a prior" else None
+        logits = model(first), model(second.flatten(0, 1))
+        expected = published.iic(*logits, rank_tasks.ENTROPY_WEIGHT, prior).sum()
     else:
         expected = published.nt_xent(model(first), model(second[0]), rank_tasks.TEMPERATURE)
     wanted = torch.autograd.grad(expected, list(model.parameters()))

@@ -11,7 +11,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
 
-from iic_dist.metrics import accuracy, agreement, ari, count_matrix, match_clusters, nmi
+from iic_dist.metrics import (
+    accuracy,
+    agreement,
+    ari,
+    count_matrix,
+    match_clusters,
+    nmi,
+    pair_counts,
+    sub_head_agreement,
+)
 
 SHAPES = [(2, 2), (4, 4), (6, 6), (6, 3), (3, 6), (5, 1), (1, 5)]
 
@@ -135,3 +144,25 @@ def test_agreement_after_matching_is_that_of_scipy_by_hand() -> None:
 
 def test_agreement_of_one_sub_head_is_whole() -> None:
     assert agreement(torch.tensor([[0], [2]]), 0, 3).tolist() == [1.0, 1.0]
+
+
+def test_sub_heads_are_compared_as_scikit_learn_compares_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 5, (300, 1), generator=generator)
+    noise = torch.randint(0, 5, (300, 4), generator=generator)
+    clusters = torch.where(torch.rand(300, 4, generator=generator) < 0.7, truth, noise)
+    clusters[:, 3] = (clusters[:, 1] + 2) % 5  # the same clusters under other numbers
+    parts = [pair_counts(part, 5) for part in clusters.split([100, 0, 200])]
+    matrix = sub_head_agreement(sum(parts), 4)
+    for a, b in itertools.product(range(4), repeat=2):
+        expected = adjusted_rand_score(clusters[:, a].numpy(), clusters[:, b].numpy())
+        assert matrix[a, b] == pytest.approx(expected, abs=1e-12)
+    assert matrix[1, 3] == 1
+    assert sub_head_agreement(pair_counts(clusters[:, :1], 5), 1).tolist() == [[1]]
+
+
+def test_ari_of_many_images_does_not_overflow() -> None:
+    counts = np.full((2, 2), 10**8)
+    counts[0, 0] += 10**8
+    expected = ari(counts // 10**4)
+    assert ari(counts) == pytest.approx(expected, rel=1e-2)

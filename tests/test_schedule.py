@@ -67,3 +67,12 @@ def test_joint_steps_walk_over_the_wide_set_without_leaving_an_image_out() -> No
     joint = [both.batches(epoch, HEADS, i)[1][1] for epoch in (1, 2, 3) for i in range(5)][:12]
     assert {batch.epoch for batch in joint} == {1}  # the next pass over the wide set, spread over three epochs
     assert len(set(torch.cat([batch.indices for batch in joint]).tolist())) == 96
+
+
+def test_heads_of_one_kind_take_their_turn_together() -> None:
+    heads = ("clustering_5", "clustering_10", "overclustering")
+    narrow, wide = Sampler(40, 8, seed=3), Sampler(100, 8, seed=3)
+    turns = Schedule(heads, narrow, wide, alternate=True, order=HEADS, contrastive_warmup_epochs=0, views=3)
+    assert [(each.heads, each.steps) for each in turns.passes(0)] == [(heads[:2], 5), (heads[2:], 12)]
+    joint = Schedule(heads, narrow, wide, alternate=False, order=HEADS, contrastive_warmup_epochs=0, views=3)
+    assert [members for members, _ in joint.batches(0, heads, 0)] == [heads[:2], heads[2:]]

@@ -151,7 +151,7 @@ def test_a_run_leaves_its_files(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert set(result) == {
         *("data", "num_images", "num_clusters", "epochs", "world_size", "seed", "accuracy", "nmi", "ari"),
-        *("images_per_second", "train_seconds", "skipped_steps", "collapsed_sub_heads"),
+        *("images_per_second", "train_seconds", "skipped_steps", "collapsed_sub_heads", "choices"),
     }
     assert set(result["accuracy"]) == {"selected", "mean", "std", "best"}
     assert (result["data"], result["num_images"], result["epochs"], result["world_size"]) == (
@@ -221,6 +221,31 @@ def test_clusters_must_be_given_where_no_class_is_known() -> None:
     images = fake("digits", 300, labelled=False)
     with pytest.raises(UsageError, match="--model.num_clusters"):
         Trainer(parse([]), RunData(images, images), Place(), CPU)
+
+
+def test_a_prior_is_read_into_the_config_and_reaches_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sizes.txt").write_text("".join(f"{size}\n" for size in range(1, 11)))
+    plain, read, listed, free, alone = (
+        digits_trainer(*options)
+        for options in (
+            [],
+            ["--loss.prior", "sizes.txt"],
+            ["--loss.prior", "[1,2,3,4,5,6,7,8,9,10]"],
+            ["--loss.prior", "free"],
+            ["--loss.entropy_weight", "1"],
+        )
+    )
+    assert read.config.loss.prior == listed.config.loss.prior == list(range(1, 11))
+    steps = [trainer.train_step(trainer.schedule.passes(0)[0], 0) for trainer in (plain, read, listed, free, alone)]
+    clustering, over = ([step[head].loss for step in steps] for head in ("clustering", "overclustering"))
+    assert torch.equal(clustering[1], clustering[2])
+    assert torch.equal(clustering[3], clustering[4])
+    assert not torch.allclose(clustering[0], clustering[1])
+    assert torch.equal(over[0], over[1])  # clusters of equal size there, whatever the prior
+    assert torch.equal(over[0], over[3])
+    with pytest.raises(UsageError, match="loss.prior has 10 sizes for model.num_clusters=7"):
+        digits_trainer("--loss.prior", "sizes.txt", "--model.num_clusters", "7")
 
 
 def test_the_batch_size_must_divide_by_the_ranks() -> None:

@@ -121,6 +121,27 @@ def iic_information(sums: Tensor, num_clusters: int, entropy_weight: float) -> I
     )
 
 
+def towards_prior(terms: Information, num_pairs: Tensor, prior: Tensor, entropy_weight: float) -> Information:
+    """Turn the push towards clusters of equal size into one towards given sizes; the same for either implementation.
+
+        loss = H(z | z') + (2w - 1) (KL(p || prior) - ln K);  A gains (w - 1/2) (ln K prior_row + ln K prior_col)
+
+    With equal sizes nothing changes, because KL(p || 1 / K) = ln K - H(p). The new term is linear in P, so its gradient
+    is exact.
+
+    Args:
+        terms: What `iic_information` gave for w.
+        num_pairs: (), T.
+        prior: (K,), relative sizes above 0.
+        entropy_weight: w.
+    """
+    log_prior = (prior * (len(prior) / prior.sum())).log().to(terms.joint.dtype)
+    push = (entropy_weight - 0.5) * (log_prior.unsqueeze(1) + log_prior)
+    return terms._replace(
+        loss=terms.loss - (terms.joint * push).sum((1, 2)), joint_grad=terms.joint_grad - push / num_pairs
+    )
+
+
 def _softmax_backward(probs: Tensor, grad: Tensor, like: Tensor) -> Tensor:
     """z * (g - <z, g>) for what `_softmax` gave and the gradient of that, in the shape of `like`."""
     if like.shape[-1] >= SHORT_ROW:

@@ -81,7 +81,8 @@ def arguments(draw: random.Random, folder: Path) -> list[str]:
 def too_large(config: Config) -> bool:
     """Whether the network or the views would be larger than a test may be."""
     model, views = config.model, config.views
-    sizes = (model.num_clusters, model.num_overclusters, model.sub_heads, model.projection_dim, model.projection_hidden)
+    clusters = model.num_clusters if isinstance(model.num_clusters, list) else [model.num_clusters]
+    sizes = (*clusters, model.num_overclusters, model.sub_heads, model.projection_dim, model.projection_hidden)
     return max(size or 0 for size in (*sizes, views.repeats, views.size, *(views.crop_sides or []))) > 1000
 
 

@@ -1,0 +1,84 @@
+"""Choose K: `python -m iic_dist.choose --run runs/NAME` compares the heads of a run with several num_clusters."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from iic_dist import distributed, figures
+from iic_dist.distributed import Place
+from iic_dist.errors import UsageError
+from iic_dist.evaluate import evaluate
+from iic_dist.health import Health, Recommendation, recommend
+from iic_dist.train import say
+
+PICTURE = "choices.png"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m iic_dist.choose",
+        description="Compare the clustering heads of a run that was trained with several --model.num_clusters, without "
+        f"labels, and recommend one; also under torchrun. Writes {PICTURE} into the folder of the run.",
+    )
+    parser.add_argument(
+        *("--run", "--folder"),
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder of the run, runs/NAME; under torchrun, which takes --run for its own --run-path, say --folder",
+    )
+    return parser.parse_args()
+
+
+def choose(run: Path, place: Place) -> Recommendation:
+    """Evaluate a run and compare its clustering heads.
+
+    Raises:
+        UsageError: there is no such run, it has no checkpoint that verifies, or it was trained with one K.
+
+    Collective: all ranks must call.
+    """
+    choices = evaluate(run, place, [])["choices"]
+    if len(choices) == 1:
+        raise UsageError(
+            f"--run {run}: it was trained with one number of clusters, {choices[0]['num_clusters']}; train with "
+            "several, as in --model.num_clusters 5,10,20"
+        )
+    return recommend([Health.from_json(choice) for choice in choices])
+
+
+def table(recommendation: Recommendation) -> str:
+    """Write a line for each K, and which is recommended and why."""
+    lines = ["    K   information   agreement (ARI)   used clusters   images in a cluster   confidence"]
+    for each in recommendation.choices:
+        sizes = f"{each.sizes[-1]:,} to {each.sizes[0]:,}"
+        lines.append(
+            f"{each.num_clusters:5d}   {each.information_share:6.3f} ln K   {each.agreement_text():>15s}   "
+            f"{each.used_clusters:13d}   {sizes:>19s}   {each.confidence:10.3f}"
+        )
+    return "\n".join([*lines, f"K = {recommendation.chosen.num_clusters} is recommended: {recommendation.reason}"])
+
+
+def main() -> None:
+    """Choose, and turn a caller's mistake into one line and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options, place = _options(), Place.from_environment()
+    try:
+        recommendation = choose(options.run, place)
+        say(place, table(recommendation))
+        if place.is_main:
+            figures.choices(recommendation).savefig(options.run / PICTURE)
+        say(place, f"picture: {options.run / PICTURE}")
+    except UsageError as error:
+        if place.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
