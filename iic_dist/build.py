@@ -134,6 +134,7 @@ def build_views(config: Config) -> Views:
         gray=views.gray,
         blur=views.blur,
         sobel=views.sobel,
+        impl=views.impl,
     )
 
 
