@@ -41,7 +41,7 @@ def table(drawn: Mapping[str, Tensor | None], count: int, height: int, width: in
     for name, neutral in NEUTRAL.items():
         value = drawn[name]
         if value is not None:
-            columns.append(value.float().view(count, -1))
+            columns.append(value if value.dim() == 2 else value.float().unsqueeze(1))
             continue
         for number in (0.0, 0.0, height, width) if neutral is None else neutral:
             columns.append(torch.full((count, 1), number, device=device))
