@@ -190,7 +190,7 @@ class Views:
                 rows,
                 torch.cat(tables),
                 size=self.size,
-                blur_kernel=self.first.blur_kernel,
+                blur_kernel=self.first.blur_kernel if any(spec.blur > 0.0 for spec, _ in groups) else 1,
                 sobel=self.first.sobel,
                 mean=self.first.mean,
                 std=self.first.std,

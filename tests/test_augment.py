@@ -258,7 +258,9 @@ def test_batch_changes_nothing(name: str, channels: int, side: int, options: dic
 
 @both
 @every_policy
-def test_images_are_taken_where_they_are(name: str, channels: int, side: int, options: dict[str, Any], impl: str) -> None:
+def test_images_are_taken_where_they_are(
+    name: str, channels: int, side: int, options: dict[str, Any], impl: str
+) -> None:
     """Rows of all images, with repetitions, as where the batch was copied."""
     views = build(name, channels, side, options, impl=impl)
     images, rows, indices = pictures(9, channels, side), torch.tensor([8, 0, 3, 3, 8]), torch.arange(5)

@@ -49,7 +49,9 @@ def test_power() -> None:
     exponent = torch.randint(0, 2**24, (10_000,), generator=generator) * 2.0**-24
     exponent[:2] = torch.tensor([0.0, 1 - 2.0**-24])
     exact = [math.exp(e * math.log(b)) for b, e in zip(base.tolist(), exponent.tolist(), strict=True)]
-    torch.testing.assert_close(power(base, exponent.double()), torch.tensor(exact, dtype=torch.float64), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        power(base, exponent.double()), torch.tensor(exact, dtype=torch.float64), rtol=1e-13, atol=0
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.size}px")

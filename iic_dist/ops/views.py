@@ -67,7 +67,7 @@ def augment_views(
         images: (M, C, H, W) uint8.
         rows: (N,) int64, place of each image of the batch in `images`.
         parameters: (V*N, 17) as `table` makes it; view v of image i in row v*N + i.
-        size, blur_kernel, sobel, mean, std: as in `ViewSpec`.
+        size, blur_kernel, sobel, mean, std: as in `ViewSpec`; blur_kernel=1 where no view is blurred.
         dtype: of the views: float32, bfloat16 or float16.
         channels_last: memory format of the views.
 

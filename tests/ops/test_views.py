@@ -20,6 +20,7 @@ from iic_dist.view_spec import ViewSpec
 
 pytestmark = pytest.mark.skipif("cpu" not in native.DEVICES, reason="the extension has no kernels of views")
 
+
 def assert_equal_twin(spec: ViewSpec, images: Tensor) -> None:
     made, expected = make(spec, images, "fused"), make(spec, images, "torch", torch.float64)
     assert made.dtype == torch.float32
