@@ -1,4 +1,4 @@
-"""The SimCLR chain (crop and resize, flip, colour jitter, gray, normalise) by every implementation that a user could pick.
+"""The SimCLR chain (crop and resize, flip, colour jitter, gray, normalise) by everything that a user could pick.
 
     pytest benchmarks/bench_augment.py --benchmark-only     pytest-benchmark's statistics, grouped by shape
     python benchmarks/bench_augment.py                      the forms in turn: a table, and results/augment_cpu.json
@@ -10,6 +10,7 @@ included: drawing parameters and reading the bytes of the batch. With --device c
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -147,7 +148,8 @@ def measure(side: int, size: int, seconds: float) -> dict[str, dict[str, Any]]:
     while time.perf_counter() < end or number < 8:
         rows = torch.randint(IMAGES, (BATCH,), generator=generator)
         for name, form in made.items():
-            times[name].append(measuring.cpu_milliseconds(lambda form=form: form(images, rows, number)))  # type: ignore[misc]
+            work = functools.partial(form, images, rows, number)
+            times[name].append(measuring.cpu_milliseconds(work))
         number += 1
     return {
         name: {

@@ -11,7 +11,6 @@ from scipy import stats
 
 from iic_dist.philox import permutation, philox_4x32, uniforms
 
-
 # Random123, kat_vectors, philox4x32 10
 KNOWN = [
     ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),

@@ -64,7 +64,7 @@ def test_one_thing_at_a_time(alone: dict[str, Any], size: int) -> None:
     assert_equal_twin(ViewSpec(size=size, **alone), smooth(9, 3, 33, 33))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_spec(data: st.DataObject) -> None:
     channels = data.draw(st.sampled_from([1, 3]))
