@@ -1,7 +1,8 @@
 """The native op that makes views in one pass: image and parameters to the normalised view.
 
-Its twin in PyTorch is `iic_dist.augment.apply`; the contract stands in csrc/augment.h. Images of any size: on CUDA what
-does not fit into a multiprocessor's shared memory is kept in global memory instead.
+Its twin in PyTorch is `iic_dist.augment.apply`; the contract stands in csrc/augment.h. Sides of images and views go up
+to 32767 pixels, of views on CUDA up to 2048; what does not fit into shared memory there is kept in global memory, which
+csrc/cuda/augment_cuda.cu explains.
 """
 
 from __future__ import annotations
