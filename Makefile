@@ -49,6 +49,7 @@ bench: $(STAMP)
 	$(PY) benchmarks/bench_loader.py
 	$(PY) benchmarks/bench_train_step.py
 	$(PY) benchmarks/bench_scaling.py --device cpu
+	$(PY) benchmarks/bench_augment.py
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(if $(OUTPUT),--output $(OUTPUT))

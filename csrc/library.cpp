@@ -19,6 +19,9 @@ TORCH_LIBRARY(iic_dist, m) {
   m.def(
       "nt_xent_rows_grad(Tensor z, Tensor log_sum_exp, int first_row, int num_rows, float temperature) -> "
       "Tensor grad");
+  m.def(
+      "augment_views(Tensor images, Tensor rows, Tensor parameters, int size, int blur_kernel, bool sobel, "
+      "float[] mean, float[] std, ScalarType dtype, bool channels_last) -> Tensor views");
 }
 
 namespace {

@@ -1,7 +1,7 @@
 """Views: which random pictures are made of an image, on the device that holds it.
 
-`Views` draws the parameters of a training step's views (`iic_dist.view_spec`) and `apply` makes the pictures;
-`policy` knows published settings by name.
+`Views` draws the parameters of a training step's views (`iic_dist.view_spec`) and makes the pictures, by the native op
+(`iic_dist.ops.views`) or by `apply` in PyTorch; `policy` knows published settings by name.
 
 A view is a pure function of (seed, epoch, index of the image, number of the view), drawn with
 `iic_dist.philox`: the batch it is made in and the rank that makes it do not matter.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from iic_dist.errors import UsageError
 from iic_dist.ops import augment as ops
+from iic_dist.ops import views as native
 from iic_dist.philox import uniforms
 from iic_dist.view_spec import NUM_UNIFORMS, STRENGTHS, ViewParameters, ViewSpec, sample
 
@@ -40,8 +41,7 @@ def apply(spec: ViewSpec, images: Tensor, parameters: ViewParameters, dtype: tor
     p = parameters
     views = images.to(dtype).div_(255.0)
     if p.affine is not None:
-        angle, zoom = p.affine[:, 0], p.affine[:, 3]
-        views = ops.affine(views, angle, p.affine[:, 1:3], zoom, p.affine[:, 4:6])
+        views = ops.affine(views, p.affine)
     if p.box is not None:
         views = ops.resized_crop(views, p.box, spec.size, p.flip)
     if p.brightness is not None:
@@ -86,15 +86,18 @@ class Views:
         evaluation: what an evaluation sees; chance in it is left out, see `ViewSpec.centred`.
         repeats: second views of each image.
         seed: seed of the run.
+        impl: auto makes them by the native op where it is built, but for float64; fused insists; torch is PyTorch.
     """
 
-    def __init__(self, first: ViewSpec, second: ViewSpec, evaluation: ViewSpec, repeats: int, seed: int) -> None:
+    def __init__(
+        self, first: ViewSpec, second: ViewSpec, evaluation: ViewSpec, repeats: int, seed: int, impl: str = "auto"
+    ) -> None:
         if repeats < 1:
             raise UsageError(f"repeats must be at least 1, not {repeats}.")
-        shapes = [(spec.size, spec.sobel) for spec in (first, second, evaluation)]
+        shapes = [(spec.size, spec.sobel, spec.mean, spec.std) for spec in (first, second, evaluation)]
         if len(set(shapes)) > 1:
-            raise UsageError(f"First, second and evaluation view must agree in (size, sobel), not {shapes}.")
-        self.first, self.second, self.repeats, self.seed = first, second, repeats, seed
+            raise UsageError(f"First, second and evaluation view must agree in (size, sobel, mean, std), not {shapes}.")
+        self.first, self.second, self.repeats, self.seed, self.impl = first, second, repeats, seed, impl
         self._centred = evaluation.centred()
         # Views of one distribution are made in one go: (spec, number of its first view, how many).
         same = first == second
@@ -118,11 +121,13 @@ class Views:
         epoch: int,
         first_view: int = 0,
         dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> Tensor:
         """Make one first view and `repeats` second views of each image.
 
-        In float32 on a CPU, the views of an image are the same bit for bit in any batch. Elsewhere its crop
-        comes from a matrix library that may round the last bit differently in a batch of another size.
+        The native op makes the views of an image the same bit for bit in any batch, and so does PyTorch in float32 on a
+        CPU. Elsewhere its crop comes from a matrix library that may round the last bit differently in a batch of
+        another size.
 
         Args:
             images: (M, C, H, W) uint8.
@@ -131,42 +136,74 @@ class Views:
             epoch: the epoch.
             first_view: number of the first view; the second views count on. Other numbers, other views.
             dtype: of the result; computed in float64 if it is that, else in float32.
+            channels_last: memory format of the result.
 
         Returns:
             ((1 + repeats) * B, C', size, size): B first views, then repeat by repeat B second views.
+
+        Raises:
+            RuntimeError: impl="fused", and the native op is not there for this device or dtype; says why.
         """
-        batch, (channels, height, width) = len(rows), images.shape[1:]
         views = torch.arange(first_view, first_view + 1 + self.repeats, device=images.device)
         # (1 + repeats, B, 21)
         numbers = uniforms(self.seed, epoch, indices, views.unsqueeze(1), NUM_UNIFORMS)
-        out = self._empty(len(views) * batch, images, dtype)
-        for spec, start, count in self._groups:
-            spec.check(channels, height, width)
-            parameters = sample(spec, numbers[start : start + count].flatten(0, 1), height, width)
-            part = slice(start * batch, (start + count) * batch)
-            _fill(out[part], spec, images, rows.repeat(count), parameters)
-        return out
+        groups = [(spec, numbers[start : start + count]) for spec, start, count in self._groups]
+        return self._make(images, rows, groups, dtype, channels_last)
 
     @torch.no_grad()
-    def evaluation(self, images: Tensor, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def evaluation(
+        self, images: Tensor, rows: Tensor, dtype: torch.dtype = torch.float32, channels_last: bool = False
+    ) -> Tensor:
         """Make the one view of each image that is evaluated.
 
         Args:
-            images, rows: as in `training`.
+            images, rows, dtype, channels_last: as in `training`.
 
         Returns:
             (B, C', size, size).
         """
-        channels, height, width = images.shape[1:]
-        self._centred.check(channels, height, width)
-        numbers = torch.zeros(len(rows), NUM_UNIFORMS, device=images.device)
-        out = self._empty(len(rows), images, dtype)
-        _fill(out, self._centred, images, rows, sample(self._centred, numbers, height, width))
-        return out
+        numbers = torch.zeros(1, len(rows), NUM_UNIFORMS, device=images.device)
+        return self._make(images, rows, [(self._centred, numbers)], dtype, channels_last)
 
-    def _empty(self, rows: int, images: Tensor, dtype: torch.dtype) -> Tensor:
-        shape = (rows, self.channels(images.shape[1]), self.size, self.size)
-        return torch.empty(shape, dtype=dtype, device=images.device)
+    def _make(
+        self,
+        images: Tensor,
+        rows: Tensor,
+        groups: Sequence[tuple[ViewSpec, Tensor]],
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> Tensor:
+        """Make the views of each distribution from its uniform numbers (views, B, 21), one behind the other."""
+        channels, height, width = images.shape[1:]
+        drawn = []
+        for spec, numbers in groups:
+            spec.check(channels, height, width)
+            drawn.append(sample(spec, numbers.flatten(0, 1), height, width))
+        counts = [len(numbers) * len(rows) for _, numbers in groups]
+        if native.supported(self.impl, images.device, dtype):
+            tables = [
+                native.table(vars(parameters), count, height, width, images.device)
+                for parameters, count in zip(drawn, counts, strict=True)
+            ]
+            return native.augment_views(
+                images,
+                rows,
+                torch.cat(tables),
+                size=self.size,
+                blur_kernel=self.first.blur_kernel if any(spec.blur > 0.0 for spec, _ in groups) else 1,
+                sobel=self.first.sobel,
+                mean=self.first.mean,
+                std=self.first.std,
+                dtype=dtype,
+                channels_last=channels_last,
+            )
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        shape = (sum(counts), self.channels(channels), self.size, self.size)
+        views = torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
+        parts = views.split(counts)
+        for (spec, numbers), parameters, part in zip(groups, drawn, parts, strict=True):
+            _fill(part, spec, images, rows.repeat(len(numbers)), parameters)
+        return views
 
 
 def _iic_policy(image_size: int, channels: int) -> tuple[ViewSpec, ViewSpec]:
@@ -231,6 +268,7 @@ def policy(
     gray: float | None = None,
     blur: float | None = None,
     sobel: bool | None = None,
+    impl: str = "auto",
 ) -> Views:
     """Build the views of a policy: `iic`, `simclr` or `digits`.
 
@@ -246,6 +284,7 @@ def policy(
             of what the policy says; None keeps that. The weak first view of `iic` takes the middle one of
             `crop_sides` and no `rotation`, `flip`, `jitter`, `gray` or `blur`.
         jitter: multiplies the strengths of brightness, contrast, saturation and hue; 0 switches them off.
+        impl: as in `Views`.
 
     Raises:
         UsageError: the policy is unknown, or a choice is out of range or does not fit the images.
@@ -270,4 +309,4 @@ def policy(
     first = second if weak == strong else replace(weak, **both | middle)
     for spec in (first, second):
         spec.check(channels, image_size, image_size)
-    return Views(first, second, second, repeats, seed)
+    return Views(first, second, second, repeats, seed, impl)

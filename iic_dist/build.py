@@ -161,6 +161,7 @@ def build_views(config: Config) -> Views:
         gray=views.gray,
         blur=views.blur,
         sobel=views.sobel,
+        impl=views.impl,
     )
 
 

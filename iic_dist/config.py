@@ -91,6 +91,7 @@ class ViewsConfig:
         sobel: Feed the two Sobel gradients of the gray image instead of its pixels.
         mean: Channel means that are subtracted, of images in [0, 1]. Default: measured on the training images.
         std: Channel deviations to divide by. Default: measured.
+        impl: auto makes views by the compiled op where it is built, but for float64; fused insists; torch is PyTorch.
     """
 
     policy: Literal["iic", "simclr", "digits"] = "digits"
@@ -106,6 +107,7 @@ class ViewsConfig:
     sobel: bool | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+    impl: Literal["auto", "fused", "torch"] = "auto"
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from iic_dist import __version__
 from iic_dist.losses import iic_loss, nt_xent_loss
-from iic_dist.ops import backend, iic, nt_xent
+from iic_dist.ops import backend, iic, nt_xent, views
 
 
 def _devices() -> str:
@@ -96,9 +96,10 @@ def _report(line: Callable[[str], None]) -> bool:
         compiled = {
             "IIC": iic.implementation("auto", where) is iic.FUSED,
             "NT-Xent": nt_xent.implementation("auto", where) is nt_xent.FUSED,
+            "views": views.supported("auto", where, torch.float32),
         }
-        losses = ", ".join(f"{loss} {'fused' if fused else 'in PyTorch'}" for loss, fused in compiled.items())
-        line(f"{device + ' losses':12} {losses}")
+        ops = ", ".join(f"{op} {'fused' if fused else 'in PyTorch'}" for op, fused in compiled.items())
+        line(f"{device + ' ops':12} {ops}")
         for name, error in checks(where).items():
             passed = error < 1e-4
             good &= passed

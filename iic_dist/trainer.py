@@ -268,10 +268,10 @@ class Trainer:
 
     def _make_views(self, batch: Batch, first_view: int) -> Tensor:
         images, rows, indices = self.images.gather(batch.indices)
-        views = self.views.training(images, rows, indices, batch.epoch, first_view, dtype=self.dtype)
-        if self.config.train.channels_last:
-            return views.contiguous(memory_format=torch.channels_last)
-        return views
+        layout = self.config.train.channels_last
+        return self.views.training(
+            images, rows, indices, batch.epoch, first_view, dtype=self.dtype, channels_last=layout
+        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.train.precision != "bfloat16":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from iic_dist.errors import UsageError
+from iic_dist.exact import cos_sin, power
 
 # Which uniform number decides what: fixed, so that switching one thing off leaves the others as they were.
 _SIZE, _RATIO, _TOP, _LEFT, _CENTRE, _FLIP = range(6)
@@ -159,10 +160,11 @@ class ViewSpec:
 class ViewParameters:
     """What was drawn for each image of a batch; None where the spec leaves a step out.
 
-    Real numbers are float32.
+    Real numbers are float32, and the same bits on every device: see `iic_dist.exact`.
 
     Attributes:
-        affine: (B, 6) angle in degrees, shift along x and y in pixels, zoom, shear along x and y in degrees.
+        affine: (B, 6) the map from pixels of the result to pixels of the image, both from their centres:
+            x' = a x + b y + c, y' = d x + e y + f as (a, b, c, d, e, f).
         box: (B, 4) top, left, height, width of the crop in pixels of the image; given wherever `flip` is.
         flip, gray: (B,) bool.
         brightness, contrast, saturation: (B,) factors, 1 where not applied.
@@ -190,18 +192,42 @@ def _between(numbers: Tensor, which: int, least: float, largest: float) -> Tenso
     return least + numbers[:, which] * (largest - least)
 
 
+def inverse_affine(
+    angle: Tensor, shear_x: Tensor, shear_y: Tensor, move_x: Tensor, move_y: Tensor, zoom: Tensor
+) -> Tensor:
+    """Where each pixel of a moved image comes from, as `ViewParameters.affine` says.
+
+    The inverse of torchvision's: rotate by `angle` clockwise, shear, zoom, then move.
+
+    Args:
+        angle, shear_x, shear_y: (B,) float64 in degrees.
+        move_x, move_y: (B,) float64 in pixels.
+        zoom: (B,) float64.
+
+    Returns:
+        (B, 6) float64.
+    """
+    cos, sin = cos_sin(torch.stack((angle, shear_x, shear_y)))
+    tan_x, tan_y = sin[1] / cos[1], sin[2] / cos[2]
+    turned_cos, turned_sin = cos[0] + sin[0] * tan_y, sin[0] - cos[0] * tan_y
+    a, b = (cos[0] - turned_sin * tan_x) / zoom, (sin[0] + turned_cos * tan_x) / zoom
+    d, e = -turned_sin / zoom, turned_cos / zoom
+    return torch.stack((a, b, -(a * move_x + b * move_y), d, e, -(d * move_x + e * move_y)), dim=1)
+
+
 def _draw_affine(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> Tensor:
     shift_x, shift_y = spec.translation * width, spec.translation * height
     drawn = (
         (_between(numbers, _ANGLE, -spec.rotation, spec.rotation), 0.0),
+        (_between(numbers, _SHEAR_X, -spec.shear, spec.shear), 0.0),
+        (_between(numbers, _SHEAR_Y, -spec.shear, spec.shear), 0.0),
         (_between(numbers, _MOVE_X, -shift_x, shift_x), 0.0),
         (_between(numbers, _MOVE_Y, -shift_y, shift_y), 0.0),
         (_between(numbers, _ZOOM, *spec.zoom), 1.0),
-        (_between(numbers, _SHEAR_X, -spec.shear, spec.shear), 0.0),
-        (_between(numbers, _SHEAR_Y, -spec.shear, spec.shear), 0.0),
     )
     applied = numbers[:, _AFFINE] < spec.affine_probability
-    return torch.stack([torch.where(applied, value, neutral) for value, neutral in drawn], dim=1)
+    angle, shear_x, shear_y, *moved = (torch.where(applied, value, neutral) for value, neutral in drawn)
+    return inverse_affine(angle, shear_x, shear_y, *moved)
 
 
 def _draw_square(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> Tensor:
@@ -221,10 +247,11 @@ def _draw_square(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> Te
 def _draw_area(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> Tensor:
     assert spec.crop_area is not None
     area = _between(numbers, _SIZE, *spec.crop_area) * (height * width)
-    tallest, widest = area / height**2, width**2 / area  # ratios of a crop as high, as wide as the image
+    # Ratios of a crop as high, as wide as the image.
+    tallest, widest = area * (1 / height**2), area.reciprocal() * width**2
     least = torch.minimum(tallest.clamp(min=spec.crop_ratio[0]), widest)
     largest = torch.maximum(widest.clamp(max=spec.crop_ratio[1]), tallest)
-    ratio = least * (largest / least) ** numbers[:, _RATIO]
+    ratio = least * power(largest / least, numbers[:, _RATIO])
     box_height, box_width = torch.sqrt(area / ratio), torch.sqrt(area * ratio)
     top = numbers[:, _TOP] * (height - box_height)
     left = numbers[:, _LEFT] * (width - box_width)
@@ -247,10 +274,11 @@ def _draw_jitter(spec: ViewSpec, numbers: Tensor) -> dict[str, Tensor]:
 def sample(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> ViewParameters:
     """Turn uniform numbers into the parameters of views of images of height x width.
 
-    Computed in float64 and rounded to float32 at the end, so that devices agree.
+    Computed in float64 by correctly rounded operations and rounded to float32 at the end: every device gives the same
+    bits.
 
     Args:
-        numbers: (B, 21) uniform in [0, 1).
+        numbers: (B, 21) uniform in [0, 1), multiples of 2^-24.
     """
     numbers = numbers.double()
     drawn = _draw_jitter(spec, numbers)

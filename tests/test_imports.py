@@ -16,7 +16,7 @@ COMMANDS = {"train", "evaluate", "choose", "predict", "export", "doctor"}
 SEES_CONFIG = COMMANDS | {"command_line", "build", "trainer", "config", "clusterer", "folder_settings"}
 LEVEL = {
     **dict.fromkeys(("errors", "config"), 0),
-    **dict.fromkeys(("ops", "distributed", "philox", "files", "stop", "objective"), 1),
+    **dict.fromkeys(("ops", "distributed", "philox", "exact", "files", "stop", "objective"), 1),
     **dict.fromkeys(
         ("view_spec", "guard", "data", "models", "losses", "optim", "checkpoint", "metrics", "command_line"), 2
     ),

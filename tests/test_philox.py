@@ -6,20 +6,10 @@ import itertools
 
 import pytest
 import torch
+from draws import philox as philox_by_hand
 from scipy import stats
 
 from iic_dist.philox import permutation, philox_4x32, uniforms
-
-
-def philox_by_hand(counter: list[int], key: tuple[int, int]) -> list[int]:
-    (c0, c1, c2, c3), (k0, k1) = counter, key
-    for turn in range(10):
-        high0, low0 = divmod(0xD2511F53 * c0, 2**32)
-        high1, low1 = divmod(0xCD9E8D57 * c2, 2**32)
-        round_key0, round_key1 = (k0 + turn * 0x9E3779B9) % 2**32, (k1 + turn * 0xBB67AE85) % 2**32
-        c0, c1, c2, c3 = high1 ^ c1 ^ round_key0, low1, high0 ^ c3 ^ round_key1, low0
-    return [c0, c1, c2, c3]
-
 
 # Random123, kat_vectors, philox4x32 10
 KNOWN = [

@@ -2,8 +2,8 @@
 
 Every operation does to each image what torchvision.transforms.v2.functional does to one. Images are floating
 point (B, C, H, W) in [0, 1] with C = 1 or 3, parameters are tensors over B on the same device, and nothing
-waits for the device. Crop and blur are matrix products: with torch's TF32 switched on, they round weights to
-11 bits on CUDA.
+waits for the device. The crop is two matrix products: with torch's TF32 switched on, they round weights to 11 bits on
+CUDA.
 """
 
 from __future__ import annotations
@@ -81,32 +81,23 @@ def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = N
     return resized.transpose(0, 1)
 
 
-def affine(images: Tensor, angle: Tensor, translate: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
+def affine(images: Tensor, inverse: Tensor) -> Tensor:
     """Rotate, scale, shear and move each image about its centre, bilinear, zeros outside.
 
-    Equals `affine(image, angle, translate, scale, shear, InterpolationMode.BILINEAR)`.
+    Equals `affine(image, angle, translate, scale, shear, InterpolationMode.BILINEAR)` with
+    `inverse = view_spec.inverse_affine(...)` of these.
 
     Args:
-        angle: (B,) in degrees, clockwise.
-        translate: (B, 2) x and y in pixels.
-        scale: (B,).
-        shear: (B, 2) x and y in degrees.
+        inverse: (B, 6) (a, b, c, d, e, f): the result at (x, y) is the image at (a x + b y + c, d x + e y + f), in
+            pixels from the centre.
     """
     height, width = images.shape[2:]
-    turn = torch.deg2rad(angle.double())
-    shear_x, shear_y = torch.deg2rad(shear.double()).unbind(1)
-    cos, sin = torch.cos(turn - shear_y) / torch.cos(shear_y), torch.sin(turn - shear_y) / torch.cos(shear_y)
-    tan = torch.tan(shear_x)
-    # Output to input: the inverse of scale * [[cos, -cos * tan - sin(turn)], [sin, cos(turn) - sin * tan]].
-    x_from_x = (torch.cos(turn) - sin * tan) / scale
-    x_from_y = (torch.sin(turn) + cos * tan) / scale
-    y_from_x, y_from_y = -sin / scale, cos / scale
-    x = torch.arange(width, device=images.device) - (width - 1) / 2 - translate[:, :1].double()
-    y = torch.arange(height, device=images.device) - (height - 1) / 2 - translate[:, 1:].double()
+    x = torch.arange(width, dtype=torch.float64, device=images.device) - (width - 1) / 2
+    y = torch.arange(height, dtype=torch.float64, device=images.device) - (height - 1) / 2
     grid = images.new_empty(images.shape[0], height, width, 2)
-    for axis, (from_x, from_y, side) in enumerate(((x_from_x, x_from_y, width), (y_from_x, y_from_y, height))):
-        along_x = (from_x.unsqueeze(1) * x * (2 / side)).to(images.dtype)
-        along_y = (from_y.unsqueeze(1) * y * (2 / side)).to(images.dtype)
+    for axis, side in enumerate((width, height)):
+        from_x, from_y, shift = inverse[:, 3 * axis : 3 * axis + 3].double().mul(2 / side).split(1, dim=1)
+        along_x, along_y = (from_x * x).to(images.dtype), (from_y * y + shift).to(images.dtype)
         torch.add(along_x.unsqueeze(1), along_y.unsqueeze(2), out=grid[..., axis])
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

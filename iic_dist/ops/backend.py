@@ -23,7 +23,7 @@ def _load() -> tuple[str | None, frozenset[str]]:
         if info["torch"] == running:
             return None, frozenset({"cpu", "cuda"} if info["cuda"] else {"cpu"})
         why = f"the extension iic_dist._C was built for torch {info['torch']}, not {running}; build it again"
-    _logger.warning("the losses run in PyTorch: %s", why)
+    _logger.warning("losses and views run in PyTorch: %s", why)
     return why, frozenset()
 
 
