@@ -91,7 +91,13 @@ def parse(arguments: list[str] | None = None, choose: Callable[[Config], dict[st
 
 
 def _config(parser: _Parser, arguments: list[str]) -> Config:
-    groups = parser.instantiate(parser.parse_args(arguments))
+    try:
+        groups = parser.instantiate(parser.parse_args(arguments))
+    except UsageError:
+        raise
+    except Exception as error:  # jsonargparse has its own ones for files that are YAML but no settings
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"the settings cannot be read: {type(error).__name__}: {reason} (--help lists all)") from error
     config = Config(**{group.name: getattr(groups, group.name) for group in dataclasses.fields(Config)})
     check(config)
     return config
@@ -130,6 +136,8 @@ def check(config: Config) -> None:
                 _require(math.isfinite(value) and above, f"{group}.{name}", value, rule)
     workers = config.data.workers
     _require(workers is None or workers >= 0, "data.workers", workers, "0 or more")
+    std = config.model.head_init_std
+    _require(std is None or 0 < std < math.inf, "model.head_init_std", std, "above 0")
     _require(0 <= config.run.seed < 2**63, "run.seed", config.run.seed, "from 0 to 2^63 - 1")
     _check_heads(config)
 

@@ -45,19 +45,23 @@ ODD: list[Any] = [
 ]
 # What would take the machine's memory or start a download is not a mistake that a line of text can name.
 LEFT_ALONE = {"data.root", "data.name", "model.pretrained", "train.compile"}
-FIELDS = [
-    f"{group.name}.{field.name}"
-    for group in dataclasses.fields(Config)
-    for field in dataclasses.fields(group.default_factory)  # type: ignore[arg-type, misc]
-    if f"{group.name}.{field.name}" not in LEFT_ALONE
-]
+DEFAULTS = {
+    f"{group}.{field}": value
+    for group, fields in dataclasses.asdict(Config()).items()
+    for field, value in fields.items()
+    if f"{group}.{field}" not in LEFT_ALONE
+}
+FIELDS = list(DEFAULTS)
 IMAGES = ImageSet("digits", torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 4, tuple("abcd"))
 SMALL = ["--data.batch_size", "4"]
 
 
 def arguments(draw: random.Random, folder: Path) -> list[str]:
-    """One to four odd settings, as options or in a file."""
-    chosen = [(draw.choice(FIELDS), draw.choice(ODD)) for _ in range(draw.randint(1, 4))]
+    """A few odd settings, half of them of the right type, as options or in a file."""
+    chosen = []
+    for name in draw.choices(FIELDS, k=draw.choice([1, 1, 1, 2, 4])):
+        fitting = [value for value in ODD if type(value) is type(DEFAULTS[name])]
+        chosen.append((name, draw.choice(fitting if fitting and draw.random() < 0.7 else ODD)))
     if draw.random() < 0.1:
         chosen.append(("no.such", 1))
     if draw.random() < 0.5:
@@ -105,4 +109,4 @@ def test_odd_settings_are_taken_or_refused_in_one_line(cases: int, tmp_path: Pat
             assert said, options
             assert "\n" not in said, (options, said)
             assert len(said) < 1500, (options, said)
-    assert cases / 2 < refused < cases
+    assert cases / 2 < refused < cases * 0.95
