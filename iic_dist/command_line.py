@@ -112,6 +112,10 @@ def _require(condition: bool, name: str, value: object, rule: str) -> None:
 
 def check(config: Config) -> None:
     """Raise a UsageError for the first value that no run could work with."""
+    for group, defaults in dataclasses.asdict(Config()).items():
+        for name, default in defaults.items():  # a file may say null where the parser lets it pass
+            value = getattr(getattr(config, group), name)
+            _require(value is not None or default is None, f"{group}.{name}", value, "given")
     positive = {
         "data": ("batch_size",),
         "views": ("repeats",),
