@@ -200,4 +200,9 @@ def load(run: str | os.PathLike[str], device: str = "auto") -> Clusterer:
     state = checkpoint.load_newest(folder / "checkpoints")
     if state is None:
         raise UsageError(f"{folder}: no checkpoint in {folder / 'checkpoints'} verifies")
-    return Clusterer(config, state, distributed.choose_device(device, Place.from_environment()))
+    place = distributed.choose_device(device, Place.from_environment())
+    try:
+        return Clusterer(config, state, place)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{folder}: its checkpoint is not of the network of its config.yaml: {reason}") from error

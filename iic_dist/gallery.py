@@ -17,6 +17,7 @@ from torch import Tensor
 
 from iic_dist.clusterer import Prediction
 from iic_dist.data.decode import decode_image, header_size
+from iic_dist.files import write_whole
 from iic_dist.folder_prediction import FolderPrediction
 
 THUMBNAIL = 96
@@ -72,9 +73,7 @@ def write(path: Path, found: FolderPrediction, agreement: Tensor, num_clusters: 
         agreement: (M,) of the sub-heads on each image.
         num_clusters: K.
     """
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page(found, agreement, num_clusters), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, page(found, agreement, num_clusters).encode())
 
 
 def page(found: FolderPrediction, agreement: Tensor, num_clusters: int) -> str:

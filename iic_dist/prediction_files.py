@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from iic_dist.errors import UsageError
+from iic_dist.files import temporary_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def write_table(path: Path, table: Iterable[Row]) -> None:
     A path that is not UTF-8 keeps its bytes in .csv (read it with errors="surrogateescape") and .jsonl; Parquet has
     no such strings, there it gets \\xNN in their place.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = temporary_of(path)
     _WRITERS[path.suffix](part, table)
     part.replace(path)
 
@@ -117,7 +118,7 @@ _WRITERS: dict[str, Callable[[Path, Iterable[Row]], None]] = {
 
 def write_embeddings(path: Path, embeddings: Tensor) -> None:
     """Write (M, F) float32 as .npy, a row for each row of the table, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = temporary_of(path)
     with part.open("wb") as file:
         np.save(file, embeddings.numpy())
     part.replace(path)

@@ -148,6 +148,19 @@ def test_a_folder_of_images_with_a_bad_file_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_folder_needs_nothing_else(gray_images: Path, tmp_path: Path) -> None:
+    options = ["--data.name", f"folder:{gray_images}", "--model.num_clusters", "3", "--run.name", "own"]
+    done = run("iic_dist.train", *options, "--train.epochs", "20", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--model.backbone small_cnn") == 1  # said by one rank
+    clusters = ["--run", "runs/own", "--images", str(gray_images), "--output", "clusters.csv"]
+    done = run("iic_dist.predict", *clusters, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "90 images in " in done.stdout
+    assert len((tmp_path / "clusters.csv").read_text().splitlines()) == 91
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_no_argument_clusters_the_digits(ranks: int, tmp_path: Path) -> None:
     done = run("iic_dist.train", cwd=tmp_path, ranks=ranks, timeout=1200)
