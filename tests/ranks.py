@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+PATIENCE = 400
+"""Seconds that a task may take, which is more than its collectives may wait."""
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
@@ -48,6 +52,7 @@ class Ranks:
             arguments = (rank, world_size, f"{self._folder.name}/store", there)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
+            there.close()  # so that `here` ends when the process does
             self._pipes.append(here)
             self._processes.append(process)
 
@@ -55,6 +60,9 @@ class Ranks:
         """Return what `function` returned on each of the ranks."""
         for pipe in self._pipes[:world_size]:
             pipe.send((function, world_size, arguments))
+        until = time.monotonic() + PATIENCE
+        for rank, pipe in enumerate(self._pipes[:world_size]):
+            assert pipe.poll(max(0.0, until - time.monotonic())), f"rank {rank} did not answer in {PATIENCE} s"
         answers = [pipe.recv() for pipe in self._pipes[:world_size]]
         for good, answer in answers:
             assert good, answer
