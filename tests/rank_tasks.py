@@ -51,7 +51,7 @@ def value_and_gradient(
     outputs = model(torch.cat([first[own], second[:, own].flatten(0, 1)]))
     a, b = outputs[: shards[rank]], outputs[shards[rank] :]
     if loss != "nt_xent":
-        prior = torch.tensor(PRIOR) if loss == "iic with a prior" else None
+        prior = torch.tensor(PRIOR, dtype=torch.float64) if loss == "iic with a prior" else None
         value = iic_loss(a, b, entropy_weight=ENTROPY_WEIGHT, prior=prior, group=group).loss.sum()
     else:
         assert repeats == 1
