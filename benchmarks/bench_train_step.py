@@ -168,7 +168,7 @@ def our_step(trainer: Trainer, position: int, stages: Stages) -> None:
         mock.patch.object(trainer.images, "gather", stages.timed("data", trainer.images.gather)),
         mock.patch.object(trainer.views, "training", stages.timed("views", trainer.views.training)),
         mock.patch.object(trainer, "network", stages.timed("forward", trainer.network)),
-        mock.patch.object(trainer, "_head_loss", stages.timed("losses", trainer._head_loss)),
+        mock.patch.object(trainer, "losses", stages.timed("losses", trainer.losses)),
         mock.patch.object(Tensor, "backward", stages.timed("backward", Tensor.backward)),
         mock.patch.object(trainer.optimizer, "step", stages.timed("optimizer", trainer.optimizer.step)),
     ):

@@ -60,6 +60,7 @@ def load_data(config: Config, place: Place) -> RunData:
             folder_labels=data.folder_labels,
             cache=Path(data.cache or f"{data.root}/decoded"),
             workers=data.workers,
+            relist=data.relist and first,  # the others of a machine take what the first has found
             verify=first,
             download=data.download and first,
             progress=config.monitor.progress and place.is_main,

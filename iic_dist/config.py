@@ -53,6 +53,8 @@ class DataConfig:
         cache: folder:DIR only: folder where the decoded images are kept for the next run; it may be deleted at any
             time. Default: `decoded` under `root`.
         workers: folder:DIR only: processes that decode; 0 = the run's own. Default: one a core, at most 16.
+        relist: folder:DIR only: look for changed files at the start; false trusts the listing kept in `cache`, which
+            saves a walk over millions of files on a slow disk.
         device_budget_gib: Images up to this size (decoded, in GiB; training and evaluation images each) stay in the
             memory of the device. Larger sets stay on the host, and each batch is copied while the step before it
             runs; the training is the same bit for bit.
@@ -70,6 +72,7 @@ class DataConfig:
     folder_labels: bool = False
     cache: str | None = None
     workers: int | None = None
+    relist: bool = True
     device_budget_gib: float = 4.0
 
 

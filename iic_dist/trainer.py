@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,17 @@ from iic_dist.evaluation import Evaluation, Evaluator
 from iic_dist.files import write_whole
 from iic_dist.guard import Poll, StepGuard
 from iic_dist.health import Recommendation, recommend
-from iic_dist.losses import IICTerms, iic_loss, start_nt_xent_loss
+from iic_dist.losses import IICTerms
 from iic_dist.models import SubHeads, distribute, on_device
 from iic_dist.monitor import Monitor
 from iic_dist.optim import build_optimizer, learning_rate
 from iic_dist.schedule import Pass, kind
 from iic_dist.selection import SubHeadRecord
+from iic_dist.step_losses import StepLosses, Terms
 from iic_dist.stop import Stopping, StopSignals
 from iic_dist.stuck import StuckSubHeads
 
 _logger = logging.getLogger(__name__)
-
-Terms = dict[str, IICTerms | Tensor]
-"""Of each head that took part in a step: its IIC terms, or its contrastive loss; on the device, no gradient."""
 
 
 class Trainer:
@@ -78,9 +76,8 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
         )
-        self.objectives = build_objectives(self.config, device)
-        self.sub_heads = SubHeadRecord(self.shapes, self.objectives, device, self.dtype)
-        clustering = self.config.clustering_heads
+        objectives, clustering = build_objectives(self.config, device), self.config.clustering_heads
+        self.sub_heads = SubHeadRecord(self.shapes, objectives, device, self.dtype)
         self.stuck = StuckSubHeads(
             {name: heads[name] for name in clustering},
             self.optimizer,
@@ -88,10 +85,18 @@ class Trainer:
             patience=train.restart_after if len(clustering) == 1 else 0,
             seed=config.run.seed,
         )
-        self.weights = {
+        weights = {
             head: getattr(config.loss, kind(head)) / (len(clustering) if head in clustering else 1)
             for head in self.model.heads
         }
+        self.losses = StepLosses(
+            weights,
+            objectives,
+            temperature=config.loss.temperature,
+            impl=config.loss.impl,
+            views=1 + config.views.repeats,
+            world_size=place.world_size,
+        )
         self.clustering_head = self.config.heads[0]  # until an evaluation recommends one of several
         self.guard = StepGuard(self.model, self.optimizer, device, train.max_skipped_steps)
         self.poll, self.stop = Poll(device), StopSignals()
@@ -237,16 +242,9 @@ class Trainer:
         with self._autocast():
             outputs = self.network(torch.cat(inputs) if len(inputs) > 1 else inputs[0], each.heads)
         rows = [len(part) for part in inputs]
-        total = torch.zeros((), device=self.device, dtype=self.dtype)
-        terms: Terms = {}
-        losses = [
-            (head, self._start_loss(head, outputs[head].split(rows)[place]))
-            for place, (heads, _) in enumerate(batches)
-            for head in heads
-        ]
-        for head, finish in losses:  # the contrastive head is the last: its gather runs beside the other losses
-            loss, terms[head] = finish()
-            total = total + self.weights[head] * loss
+        total, terms = self.losses(
+            [(head, outputs[head].split(rows)[place]) for place, (heads, _) in enumerate(batches) for head in heads]
+        )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         skipped = self.guard.end(total.detach(), self.stop.received is not None, self.config.optim.clip_norm)
@@ -277,30 +275,6 @@ class Trainer:
         if self.config.train.precision != "bfloat16":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    def _start_loss(self, head: str, outputs: Tensor) -> Callable[[], tuple[Tensor, IICTerms | Tensor]]:
-        """Return what computes the loss to differentiate, and what to log of it; start what others can wait for."""
-        loss = self.config.loss
-        n = len(outputs) // (1 + self.config.views.repeats)
-        first, second = outputs[:n], outputs[n:]
-
-        def clustering() -> tuple[Tensor, IICTerms | Tensor]:
-            towards = self.objectives[head]
-            terms = iic_loss(first, second, entropy_weight=towards.entropy_weight, prior=towards.prior, impl=loss.impl)
-            return terms.loss.mean(), terms._replace(loss=terms.loss.detach())
-
-        if head != "contrastive":
-            return clustering
-        shard_sizes = [n] * self.place.world_size
-        finish = start_nt_xent_loss(
-            first, second[:n], temperature=loss.temperature, impl=loss.impl, shard_sizes=shard_sizes
-        )
-
-        def contrastive() -> tuple[Tensor, IICTerms | Tensor]:
-            value = finish()
-            return value, value.detach()
-
-        return contrastive
 
     def _evaluate(self) -> tuple[dict[str, Evaluation], Recommendation]:
         """Evaluate the network head by head, and choose a clustering head."""

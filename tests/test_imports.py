@@ -20,7 +20,9 @@ LEVEL = {
     **dict.fromkeys(
         ("view_spec", "guard", "data", "models", "losses", "optim", "checkpoint", "metrics", "command_line"), 2
     ),
-    **dict.fromkeys(("restart", "augment", "schedule", "health", "selection", "stuck", "folder_settings"), 3),
+    **dict.fromkeys(
+        ("restart", "augment", "schedule", "health", "selection", "stuck", "step_losses", "folder_settings"), 3
+    ),
     "figures": 4,
     **dict.fromkeys(("monitor", "inference"), 5),
     **dict.fromkeys(("report", "build"), 6),

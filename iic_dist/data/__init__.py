@@ -41,6 +41,7 @@ def load_image_set(
     max_pixels: int = MAX_PIXELS,
     cache: Path | None = None,
     workers: int | None = 0,
+    relist: bool = True,
     verify: bool = True,
     download: bool = True,
     progress: bool = True,
@@ -54,7 +55,8 @@ def load_image_set(
         split: "train", "test" or "all" (train followed by test); "unlabelled" of stl10. A folder has one
             split, which answers to "all" and to "train".
         image_size: Side in pixels that a folder's images get (default 96); a named set has its own.
-        folder_labels, follow_links, max_pixels, cache, workers, verify, progress, unreadable: See `load_folder`.
+        folder_labels, follow_links, max_pixels, cache, workers, relist, verify, progress,
+            unreadable: See `load_folder`.
         download: Fetch a named set that is not there. At most one process of a machine may: under torchrun
             local rank 0 goes first, then the others without.
 
@@ -88,6 +90,7 @@ def load_image_set(
         max_pixels=max_pixels,
         cache=cache,
         workers=workers,
+        relist=relist,
         verify=verify,
         progress=progress,
         unreadable=unreadable,

@@ -16,7 +16,7 @@ from torch import Tensor
 from iic_dist.data import cache as decoded_cache
 from iic_dist.data.decode import DECODER, MAX_PIXELS, decoded_files
 from iic_dist.data.image_set import ImageSet
-from iic_dist.data.listing import SUFFIXES, Unreadable, list_images, printable
+from iic_dist.data.listing import SUFFIXES, Unreadable, list_or_recall, printable
 from iic_dist.errors import UsageError
 
 
@@ -29,6 +29,7 @@ def load_folder(
     max_pixels: int = MAX_PIXELS,
     cache: Path | None = None,
     workers: int | None = 0,
+    relist: bool = True,
     verify: bool = True,
     progress: bool = True,
     unreadable: Unreadable | None = None,
@@ -48,6 +49,7 @@ def load_folder(
         cache: Folder where the decoded images are kept for other runs and processes; they are decoded again when a
             file comes, goes or changes its size or time of change. None: a temporary file, for this process.
         workers: Processes that decode. 0: this one does. None: one a core, at most 16.
+        relist: Look for files that came, went or changed. False: trust the listing that `cache` keeps, if it does.
         verify: Compare the checksums of decoded images that are there; one process of a machine is enough.
         progress: Show a progress bar; off for all ranks but one.
         unreadable: Gets (relative path, reason) for each file that was skipped, in order of the paths.
@@ -61,7 +63,8 @@ def load_folder(
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
         raise UsageError(f"the image folder {str(folder)!r} {problem}")
-    listing = list_images(root, follow_links)
+    kept = None if cache is None else f"{cache.expanduser()}/{_kept_name(root)}"
+    listing = list_or_recall(root, follow_links, None if kept is None else Path(f"{kept}.listing"), relist)
     if not listing.paths and not listing.refused:
         raise UsageError(
             f"the image folder {str(folder)!r} holds no image file (names that end in {' '.join(SUFFIXES)})"
@@ -76,7 +79,7 @@ def load_folder(
         with decoded_files(root, listing.paths, image_size, max_pixels, workers, progress) as chunks:
             decoded_cache.write(file, source, image_size, chunks)
 
-    path = None if cache is None else cache.expanduser() / _cache_name(root, image_size)
+    path = None if kept is None else Path(f"{kept}-{image_size}px.images")
     images, contents = decoded_cache.read_or_build(path, source, decode_into, verify=verify, progress=progress)
     problems = [(printable(path), reason) for path, reason in sorted(listing.refused + contents.malformed)]
     if unreadable is not None:
@@ -116,12 +119,12 @@ def _labels(paths: list[str], classes: list[str]) -> Tensor:
     return torch.tensor([number[path.split("/")[0]] if "/" in path else -1 for path in paths])
 
 
-def _cache_name(root: Path, image_size: int) -> str:
-    """Name the file of decoded images after the folder, its place and their size."""
+def _kept_name(root: Path) -> str:
+    """Name what is kept of a folder after it and its place."""
     place = os.path.realpath(root)
     digest = hashlib.blake2b(os.fsencode(place), digest_size=6).hexdigest()
     stem = re.sub(r"[^A-Za-z0-9]+", "-", os.path.basename(place))[:40]
-    return f"{stem}-{image_size}px-{digest}.images"
+    return f"{stem}-{digest}"
 
 
 def _check_room(file: BinaryIO, count: int, image_size: int) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import stat
-from dataclasses import dataclass
+import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from iic_dist.files import write_whole
 
 # fmt: off
 SUFFIXES = (
@@ -32,6 +37,39 @@ class Listing:
     paths: list[str]
     refused: Unreadable
     digest: str
+
+
+def list_or_recall(root: Path, follow_links: bool, kept: Path | None, relist: bool) -> Listing:
+    """List the image files under `root`, or read the listing that was kept of them.
+
+    Args:
+        root, follow_links: As of `list_images`.
+        kept: File where the listing is kept, if that can be written; None: nowhere.
+        relist: Look at the files. False: take what is kept, without asking whether it still holds; where nothing is
+            kept, or under other settings, or it is damaged, look at the files.
+    """
+    if kept is not None and not relist and (recalled := _recall(kept, follow_links)):
+        return recalled
+    listing = list_images(root, follow_links)
+    if kept is not None and relist:
+        text = json.dumps(asdict(listing) | {"follow_links": follow_links})
+        with contextlib.suppress(OSError):  # decoded images cannot be kept there either, and that is said
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(kept, f"{zlib.crc32(text.encode())}\n{text}".encode())
+    return listing
+
+
+def _recall(kept: Path, follow_links: bool) -> Listing | None:
+    try:
+        checksum, text = kept.read_text().split("\n", 1)
+    except (OSError, ValueError):
+        return None
+    if checksum != str(zlib.crc32(text.encode())):
+        return None
+    values = json.loads(text)
+    if values.pop("follow_links") != follow_links:
+        return None
+    return Listing(values["paths"], [(path, reason) for path, reason in values["refused"]], values["digest"])
 
 
 def list_images(root: Path, follow_links: bool) -> Listing:

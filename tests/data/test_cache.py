@@ -16,8 +16,10 @@ from PIL import Image
 
 from iic_dist.data import cache as decoded_cache
 from iic_dist.data import folder as folders
+from iic_dist.data import listing as listings
 from iic_dist.data import load_image_set
 from iic_dist.data.decode import Decoded
+from iic_dist.data.folder import load_folder
 from iic_dist.errors import UsageError
 
 SIZE = 8
@@ -66,7 +68,7 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def cache_file(folder: Path) -> Path:
-    [path] = (folder.parent / "cache").glob("*")
+    [path] = (folder.parent / "cache").glob("*.images")
     return path
 
 
@@ -79,7 +81,7 @@ def test_a_second_load_maps_what_the_first_has_decoded(pictures, decodings):
     assert again.paths == first.paths == ("0.png", "1.png", "2.png", "3.png", "4.png")
     assert again.checksum == first.checksum != 0
     assert problems == [("bad.png", "not an image, or its header is damaged")]
-    assert cache_file(pictures).name.startswith("pictures-8px-")
+    assert cache_file(pictures).name.startswith("pictures-")
 
 
 def test_the_pixels_come_first_in_the_file(pictures):
@@ -146,7 +148,7 @@ def test_another_decoder_or_limit_decodes_again_and_another_size_has_its_own_fil
     assert load(pictures, image_size=4, max_pixels=10**6).images.shape == (5, 3, 4, 4)
     load(pictures, max_pixels=10**6)
     assert len(decodings) == 4
-    assert len(list((pictures.parent / "cache").glob("*"))) == 2
+    assert len(list((pictures.parent / "cache").glob("*.images"))) == 2
 
 
 def test_labels_are_those_of_the_moment(pictures, decodings):
@@ -255,7 +257,7 @@ def test_processes_that_need_the_same_file_at_once(pictures):
         process.join()
         assert process.exitcode == 0
     assert sums == {sum(int(pixels(n % 100).astype(int).sum()) for n in range(400))}
-    assert cache_file(pictures).suffix == ".images"  # and no file in the making is left
+    assert {path.suffix for path in cache_file(pictures).parent.iterdir()} == {".images", ".listing"}  # no part is left
 
 
 def test_one_process_decodes_and_those_that_came_meanwhile_wait(pictures, monkeypatch, caplog):
@@ -319,7 +321,7 @@ def test_images_that_fit_no_disk_are_refused_before_decoding(pictures, decodings
     with pytest.raises(UsageError, match="6 decoded images of 30000000 x 30000000 pixels need .* GB of disk"):
         load(pictures, image_size=30_000_000)
     assert decodings == []
-    assert list((pictures.parent / "cache").iterdir()) == []
+    assert [path.suffix for path in (pictures.parent / "cache").iterdir()] == [".listing"]
 
 
 def test_a_file_system_without_locks_is_one_that_cannot_be_used(pictures, monkeypatch, caplog):
@@ -329,3 +331,36 @@ def test_a_file_system_without_locks_is_one_that_cannot_be_used(pictures, monkey
     monkeypatch.setattr(decoded_cache.fcntl, "flock", no_locks)
     assert seeds_of(load(pictures).images) == [0, 1, 2, 3, 4]
     assert "No locks available" in caplog.text
+
+
+def test_a_kept_listing_is_trusted_if_asked(pictures, decodings, monkeypatch):
+    first = load(pictures)
+    add(pictures)
+    monkeypatch.setattr(listings, "list_images", lambda *arguments: pytest.fail("the files are looked at"))
+    problems: list = []
+    trusted = load(pictures, relist=False, unreadable=problems)
+    assert trusted.paths == first.paths
+    assert torch.equal(trusted.images, first.images)
+    assert problems == [("bad.png", "not an image, or its header is damaged")]
+    assert decodings == [6]
+    monkeypatch.undo()
+    assert len(load(pictures).images) == 6
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[:-3], lambda text: text.replace("0.png", "9.png"), lambda text: ""]
+)
+def test_a_damaged_listing_is_made_anew(pictures, damage):
+    load(pictures)
+    [listing] = (pictures.parent / "cache").glob("*.listing")
+    listing.write_text(damage(listing.read_text()))
+    add(pictures)
+    assert len(load(pictures, relist=False).images) == 6
+
+
+def test_another_rule_for_links_does_not_take_the_listing(pictures):
+    load(pictures)
+    add(pictures)
+    options = {"image_size": SIZE, "cache": pictures.parent / "cache", "relist": False, "unreadable": []}
+    assert len(load_folder(pictures, **options).images) == 5
+    assert len(load_folder(pictures, **options, follow_links=True).images) == 6
