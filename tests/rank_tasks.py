@@ -51,7 +51,7 @@ def value_and_gradient(
     outputs = model(torch.cat([first[own], second[:, own].flatten(0, 1)]))
     a, b = outputs[: shards[rank]], outputs[shards[rank] :]
     if loss != "nt_xent":
-        prior = torch.tensor(PRIOR) if loss == "iic with a prior" else None
+        prior = torch.tensor(PRIOR, dtype=torch.float64) if loss == "iic with a prior" else None
         value = iic_loss(a, b, entropy_weight=ENTROPY_WEIGHT, prior=prior, group=group).loss.sum()
     else:
         assert repeats == 1
@@ -240,10 +240,10 @@ def watched_sub_heads(patience: int, seed: int = 0) -> tuple[StuckSubHeads, SubH
     return StuckSubHeads({"clustering": head}, optimizer, patience, seed), head, optimizer
 
 
-def restarted_weights(rank: int, group: dist.ProcessGroup) -> tuple[Tensor, list[int]]:
-    """Let the first rank see another stuck sub-head than the others; return weights and restarts."""
+def restarted_weights(rank: int, group: dist.ProcessGroup | None) -> tuple[Tensor, list[int]]:
+    """Let the first rank see another stuck sub-head than the others of the default group; return weights, restarts."""
     watched, head, _ = watched_sub_heads(patience=1)
     losses = torch.full((4,), -2.0)
-    losses[1 + rank] = -1.0
+    losses[1 + min(rank, 2)] = -1.0
     watched.end_pass(["clustering"], {"clustering": losses}, 3)
     return head.linear.weight.detach(), watched.restarts["clustering"]

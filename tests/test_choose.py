@@ -91,13 +91,13 @@ def test_one_k_keeps_its_names_and_first_weights() -> None:
     assert torch.equal(one.heads["clustering"].linear.weight, two.heads["clustering_10"].linear.weight)
 
 
-def test_several_k_and_a_prior_are_the_same_on_one_and_two_ranks(ranks: Ranks) -> None:
+def test_several_k_and_a_prior_are_the_same_on_one_and_four_ranks(ranks: Ranks) -> None:
     shared = ["--train.precision", "float64", "--model.norm", "none", "--data.batch_size", "128"]
     sizes = "[1,1,1,1,1,2,2,2,2,5]"
     for options in (["--model.num_clusters", "4,6"], ["--loss.prior", sizes], ["--loss.prior", "free"]):
         arguments = [*shared, "--model.sub_heads", "3", *options]
         one = rank_tasks.training_losses(0, None, arguments, 4)
-        for result in ranks.run(2, rank_tasks.training_losses, arguments, 4):
+        for result in ranks.run(4, rank_tasks.training_losses, arguments, 4):
             assert result["losses"] == pytest.approx(one["losses"], rel=0, abs=1e-10)
             torch.testing.assert_close(result["parameters"], one["parameters"], rtol=0, atol=1e-8)
             assert result["choices"] == one["choices"]

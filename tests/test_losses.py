@@ -296,7 +296,7 @@ def test_value_and_gradient_of_any_sharding_are_those_of_one_process(
     second = first + torch.randn(repeats, 12, 7, generator=generator, dtype=torch.float64)
     model = rank_tasks.small_model(loss)
     if loss != "nt_xent":
-        prior = torch.tensor(rank_tasks.PRIOR) if loss == "iic with a prior" else None
+        prior = torch.tensor(rank_tasks.PRIOR, dtype=torch.float64) if loss == "iic with a prior" else None
         logits = model(first), model(second.flatten(0, 1))
         expected = published.iic(*logits, rank_tasks.ENTROPY_WEIGHT, prior).sum()
     else:

@@ -88,10 +88,11 @@ def test_patience_zero_means_never() -> None:
 
 def test_all_ranks_do_what_the_first_one_decides(ranks: Ranks) -> None:
     """Losses that differ in the last bit would otherwise let ranks part."""
-    (alone,) = ranks.run(1, rank_tasks.restarted_weights)
-    for weights, restarts in ranks.run(2, rank_tasks.restarted_weights):
-        assert restarts == alone[1] == [0, 1, 0, 0]
-        assert torch.equal(weights, alone[0])
+    alone, restarted = rank_tasks.restarted_weights(0, None)
+    assert restarted == [0, 1, 0, 0]
+    for weights, restarts in ranks.run(4, rank_tasks.restarted_weights):
+        assert restarts == restarted
+        assert torch.equal(weights, alone)
 
 
 TINY = [
