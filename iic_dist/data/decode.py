@@ -167,22 +167,27 @@ def decoded_files(
     """
     workers = _count(workers)
     chunks = _Chunks(root, paths, image_size, max_pixels, workers)
+    workers = min(workers, len(chunks))
     # What it yields are arrays, which pass through pipes: tensors take shared memory, of which containers have little.
     loader = DataLoader(
         chunks,
         batch_size=None,
-        num_workers=min(workers, len(chunks)),
+        num_workers=workers,
         collate_fn=_as_it_is,
         worker_init_fn=_ignore_signals,
     )
+    decoded = iter(loader)
     try:
         with tqdm(desc="decoding images", unit="image", total=len(paths), disable=not progress) as bar:
-            yield _counted(loader, bar)
+            yield _counted(decoded, bar)
     except RuntimeError as error:  # by a signal handler of torch, wherever the main process is at that moment
         if "DataLoader worker (pid" not in str(error):
             raise
         at_work = [paths[number] for number in chunks.at_work if number >= 0]
         raise _worker_ended(f"{error} {error.__cause__}", root, at_work) from error
+    finally:
+        if workers:  # they do not heed SIGTERM, by which a process that ends would end them, and wait for them for ever
+            decoded._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _worker_ended(message: str, root: Path, at_work: list[str]) -> UsageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -81,7 +82,7 @@ def test_a_worker_that_crashes_is_one_line_that_names_the_file(pictures, monkeyp
     line = str(caught.value)
     assert "\n" not in line
     assert f"ended ({says}); at work were '042.png'" in line
-    assert list((pictures.parent / "cache").iterdir()) == []  # no half of a cache
+    assert [path.suffix for path in (pictures.parent / "cache").iterdir()] == [".listing"]  # no half of the images
     monkeypatch.undo()
     assert len(load(pictures, 1, unreadable=[], progress=False, cache=pictures.parent / "cache").images) == 63
 
@@ -93,6 +94,7 @@ def test_an_error_of_our_own_is_not_taken_for_a_crash(pictures, monkeypatch):
     monkeypatch.setattr(decode._Chunks, "__getitem__", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         load(pictures, 1, progress=False)
+    assert multiprocessing.active_children() == []  # a process that ends would wait for them
 
 
 def test_a_chunk_knows_whether_it_has_colour(tmp_path):
