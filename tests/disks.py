@@ -14,7 +14,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
-    """Mount an empty file system of this size on `folder`, and unmount it in the end; skip the test without the right to."""
+    """Mount an empty file system of this size on `folder` for a while; skip the test where that is not allowed."""
     if shutil.which("mount") is None or os.geteuid() != 0:
         pytest.skip("mounting a small file system needs Linux's mount and root")
     folder.mkdir()

@@ -7,6 +7,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
+from packages import hide_editable
 from runs import Run
 
 import iic_dist
@@ -23,7 +24,7 @@ WARNING = "losses and views run in PyTorch: "
 
 def package_with(folder: Path, name: str | None, content: bytes) -> Path:
     """Copy the package without its extension, put something else there, and return what belongs on the path."""
-    package = folder / "path" / "iic_dist"
+    package = hide_editable(folder / "path") / "iic_dist"
     shutil.copytree(str(iic_dist.__path__[0]), package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     if name is not None:
         (package / name).write_bytes(content)
