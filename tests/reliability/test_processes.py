@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,11 +100,11 @@ def test_one_process_without_torchrun_stops_too(tmp_path: Path) -> None:
 
 @pytest.fixture
 def large_pictures(tmp_path: Path) -> Path:
-    """A folder of 200 images, 40 ms each; the same noise under 200 names."""
+    """A folder of 100 images, 40 ms each; the same noise under 100 names."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     Image.effect_noise((2000, 2000), 50).save(folder / "000.jpg", quality=30)
-    for number in range(1, 200):
+    for number in range(1, 100):
         (folder / f"{number:03}.jpg").hardlink_to(folder / "000.jpg")
     return folder
 
@@ -114,6 +115,10 @@ def stop_everywhere(run: Run) -> list[int]:
     for pid in everywhere:
         os.kill(pid, signal.SIGTERM)
     return everywhere
+
+
+def all_gone(pids: list[int]) -> bool:
+    return not any(command_line(pid) for pid in pids)
 
 
 def wait_until(condition: Callable[[], object], run: Run, seconds: float = 240) -> None:
@@ -141,7 +146,7 @@ def test_a_signal_while_two_processes_decode_is_heeded_after_the_first_step(
                 assert not run.decoders()
             everywhere = stop_everywhere(run)
             assert run.end() == code, run.output
-            wait_until(lambda: not any(command_line(pid) for pid in everywhere), run, 10)
+            wait_until(partial(all_gone, everywhere), run, 10)
         note = run.preempted()
         assert note is not None, run.output
         assert note["signal"] == "SIGTERM"
