@@ -144,7 +144,10 @@ def train(config: Config, place: Place, stop: StopSignals) -> None:
 
 
 def main() -> None:
-    """Parse, train, and turn what a caller can mend into one line; exit with 2 for a mistake, 1 for a failed run."""
+    """Parse, train, and turn what a caller can mend into one line; exit with 2 for a mistake, 1 for a failed run.
+
+    A signal to stop that comes before the first step, as while images are decoded, is heeded after that step.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     place = Place.from_environment()
     with StopSignals() as stop:
