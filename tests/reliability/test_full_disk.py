@@ -8,16 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from disks import fill, small_disk
 from runs import STEPS_PER_EPOCH, Run, assert_equal, final_state
 
 from iic_dist import checkpoint
+from iic_dist.build import RunData
+from iic_dist.command_line import parse
+from iic_dist.data import ImageSet
+from iic_dist.distributed import Place
+from iic_dist.errors import RunError
+from iic_dist.schedule import Pass
+from iic_dist.trainer import Terms, Trainer
 
 EPOCHS = 4
 OPTIONS = ["--train.epochs", str(EPOCHS)]
 SAID_ONCE = ("lines are missing in metrics.jsonl, training goes on", "nothing more goes to TensorBoard")
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -49,6 +55,62 @@ def assert_intact(run: Run, newest_before: int) -> None:
     assert not list(run.folder.rglob("*.tmp"))
 
 
+class Filling(Trainer):
+    """A trainer that fills a disk before each step from some step on."""
+
+    disk: Path | None = None
+
+    def train_step(self, each: Pass, position: int) -> Terms:
+        if self.disk is not None and self.step >= 8:
+            fill(self.disk)
+        return super().train_step(each, position)
+
+
+def small_trainer() -> Filling:
+    """Twenty steps on 51 images, each of them saved."""
+    options = [
+        *("--data.batch_size", "12", "--train.epochs", "5", "--model.num_overclusters", "6", "--model.sub_heads", "2"),
+        *(
+            "--views.size",
+            "8",
+            "--monitor.progress",
+            "false",
+            "--monitor.log_every",
+            "1",
+            "--train.evaluate_every",
+            "0",
+        ),
+        *("--train.checkpoint_every_steps", "1", "--run.threads", "1"),
+    ]
+    pixels = torch.randint(0, 256, (51, 1, 8, 8), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    images = ImageSet("digits", pixels, torch.arange(51) % 4, tuple("abcd"))
+    return Filling(parse(options), RunData(images, images), Place(), torch.device("cpu"))
+
+
+def test_a_full_disk_is_no_end_and_what_is_lost_comes_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In this process; the tests below do it with real ones."""
+    with small_disk(tmp_path / "runs", 24) as disk:
+        trainer = small_trainer()
+        trainer.disk = disk
+        with caplog.at_level("WARNING"), pytest.raises(RunError, match="the state after step 20 could not be saved"):
+            trainer.train(disk / "r")
+        assert trainer.step == 20
+        assert [sum(said in line for line in caplog.messages) for said in SAID_ONCE] == [1, 1]
+        assert sum("no checkpoint of step" in line for line in caplog.messages) >= 12
+        again = small_trainer()
+        assert again.resume(disk / "r")
+        assert 8 <= again.step < 20
+        (disk / "ballast").unlink()
+        assert again.train(disk / "r") is not None
+        assert (disk / "r" / "result.json").exists()
+    undisturbed = small_trainer()
+    undisturbed.train(tmp_path / "undisturbed")
+    for state in (states := [again.state_dict(), undisturbed.state_dict()]):
+        del state["train_seconds"]
+    assert_equal(*states)
+
+
+@pytest.mark.slow
 def test_training_goes_on_to_the_end_and_the_same_command_finishes_when_there_is_room(
     tmp_path: Path, disk: Path
 ) -> None:
@@ -73,6 +135,7 @@ def test_training_goes_on_to_the_end_and_the_same_command_finishes_when_there_is
     assert_equal(final_state(run.folder), final_state(undisturbed.folder))
 
 
+@pytest.mark.slow
 def test_where_room_comes_back_the_run_ends_as_if_nothing_had_been(tmp_path: Path, disk: Path) -> None:
     with Run(tmp_path, "--train.epochs", "8", restarts=0) as run:
         fill_up(run, disk).unlink()
@@ -85,6 +148,7 @@ def test_where_room_comes_back_the_run_ends_as_if_nothing_had_been(tmp_path: Pat
     assert set(range(1, 8 * STEPS_PER_EPOCH)) - set(steps)  # what was logged while there was no room
 
 
+@pytest.mark.slow
 def test_a_stop_that_cannot_be_saved_is_a_failure_without_the_marker(tmp_path: Path, disk: Path) -> None:
     with Run(tmp_path, "--train.epochs", "500", ranks=0) as run:
         fill_up(run, disk)
