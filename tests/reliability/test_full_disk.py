@@ -19,7 +19,8 @@ from iic_dist.data import ImageSet
 from iic_dist.distributed import Place
 from iic_dist.errors import RunError
 from iic_dist.schedule import Pass
-from iic_dist.trainer import Terms, Trainer
+from iic_dist.step_losses import Terms
+from iic_dist.trainer import Trainer
 
 EPOCHS = 4
 OPTIONS = ["--train.epochs", str(EPOCHS)]
