@@ -38,6 +38,24 @@ def save(folder: Path, state: Mapping[str, Any], loss: float | None = None) -> b
     return True
 
 
+def save_last(folder: Path, state: Mapping[str, Any], loss: float | None = None) -> None:
+    """Write the checkpoint that this process ends with; what came after the one before it is lost without it.
+
+    Args:
+        folder, state, loss: As for `save`.
+
+    Raises:
+        RunError: it could not be written.
+
+    Collective: all ranks must call.
+    """
+    if not distributed.broadcast(save(folder, state, loss)):
+        raise RunError(
+            f"the state after step {state['step']} could not be saved: make room, and the same command goes on from "
+            "the newest checkpoint"
+        )
+
+
 def leave_for_later(folder: Path, state: Mapping[str, Any], signal: str | None) -> None:
     """Save, and write the file PREEMPTED, by which a launcher knows that the run is to be gone on with.
 
@@ -51,8 +69,7 @@ def leave_for_later(folder: Path, state: Mapping[str, Any], signal: str | None) 
 
     Collective: all ranks must call.
     """
-    if not distributed.broadcast(save(folder, state)):
-        raise RunError(f"stopped after step {state['step']}, and this state could not be saved")
+    save_last(folder, state)
     received = [name for name in distributed.gather_objects(signal) if name is not None]
     if distributed.rank() == 0:
         note = {"step": state["step"], "epoch": state["epoch"], "signal": received[0]}

@@ -18,7 +18,7 @@ from iic_dist.config import Config
 from iic_dist.distributed import Place
 from iic_dist.errors import RunError, UsageError
 from iic_dist.files import write_whole
-from iic_dist.ops import backend, iic, nt_xent
+from iic_dist.ops import iic, nt_xent
 from iic_dist.restart import PREEMPTED
 from iic_dist.stop import StopSignals
 from iic_dist.trainer import Trainer
@@ -47,7 +47,7 @@ def use_threads(config: Config, place: Place) -> None:
 
 
 def choose_losses(config: Config, device: torch.device) -> str:
-    """Say which losses run, and why not the compiled ones.
+    """Say which losses run.
 
     Raises:
         UsageError: the compiled ones are asked for, and one that is needed is not there.
@@ -60,7 +60,7 @@ def choose_losses(config: Config, device: torch.device) -> str:
     except RuntimeError as error:
         raise UsageError(f"loss.{error}") from error
     names = [f"{name} {'fused' if fused else 'in PyTorch'}" for name, fused in chosen.items()]
-    return ", ".join(names) + (f" ({backend.WHY_NOT_FUSED})" if backend.WHY_NOT_FUSED else "")
+    return ", ".join(names)
 
 
 def open_folder(config: Config, trainer: Trainer, place: Place) -> Path:
@@ -144,7 +144,10 @@ def train(config: Config, place: Place, stop: StopSignals) -> None:
 
 
 def main() -> None:
-    """Parse, train, and turn what a caller can mend into one line; exit with 2 for a mistake, 1 for a failed run."""
+    """Parse, train, and turn what a caller can mend into one line; exit with 2 for a mistake, 1 for a failed run.
+
+    A signal to stop that comes before the first step, as while images are decoded, is heeded after that step.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     place = Place.from_environment()
     with StopSignals() as stop:

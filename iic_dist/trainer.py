@@ -129,7 +129,7 @@ class Trainer:
                 a file PREEMPTED in the folder, and return None.
 
         Raises:
-            RunError: too many steps in a row were not finite, or the state could not be saved before a stop.
+            RunError: too many steps in a row were not finite, or the last state could not be saved.
         """
         self.stop = stop or self.stop
         monitor = Monitor(folder, self.place.is_main, self.step if self.step else None)
@@ -154,7 +154,8 @@ class Trainer:
                 result = self._evaluate_and_show(monitor, bar)
             self.epoch = done
             if done == train.epochs or done % train.checkpoint_every == 0:
-                restart.save(folder, self.state_dict(), self.sub_heads.lowest_loss(self.config.clustering_heads))
+                save = restart.save_last if done == train.epochs else restart.save
+                save(folder, self.state_dict(), self.sub_heads.lowest_loss(self.config.clustering_heads))
         return result or self.evaluate()
 
     def _progress(self) -> tqdm[Any]:

@@ -16,6 +16,22 @@ import torch
 
 from iic_dist import checkpoint
 
+
+def children(pid: int) -> list[int]:
+    """The processes that one has started and that are there."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
 SMALL = [
     *("--data.batch_size", "256", "--model.sub_heads", "2", "--run.threads", "1", "--run.name", "r"),
     *("--monitor.progress", "false", "--monitor.log_every", "1", "--monitor.kmeans", "false"),
@@ -36,6 +52,7 @@ class Run:
 
     def __init__(self, cwd: Path, *options: str, ranks: int = 2, restarts: int = 0) -> None:
         self.folder = cwd / "runs" / "r"
+        self._under_torchrun = ranks > 0
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         launcher = [*torchrun, f"--max-restarts={restarts}"] if ranks else []
         self._output = cwd / "output.txt"
@@ -63,12 +80,13 @@ class Run:
 
     def workers(self) -> list[int]:
         """The processes of the ranks that run now."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        try:
-            pids = [int(pid) for pid in children.read_text().split()]
-            return [pid for pid in pids if b"iic_dist.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        except FileNotFoundError:
-            return []
+        started = children(self.process.pid)
+        return [pid for pid in started if b"iic_dist.train" in command_line(pid)]
+
+    def decoders(self) -> list[int]:
+        """The processes that decode images for the ranks now."""
+        ranks = self.workers() if self._under_torchrun else [self.process.pid]
+        return [child for rank in ranks for child in children(rank)]
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl so far."""

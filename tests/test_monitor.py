@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from disks import fill, small_disk
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -125,3 +126,27 @@ def test_an_error_inside_still_closes_the_files(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="training fell over"):
         train()
     assert _steps(tmp_path, "loss") == [(1, 1.0)]
+
+
+def test_a_full_disk_is_said_once_and_lines_come_back_with_the_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    with small_disk(tmp_path / "disk", 2) as disk:
+        with Monitor(disk, enabled=True, resume_step=None) as monitor:
+            monitor.scalars(1, {"loss": 1.0})
+            ballast = fill(disk)
+            for step in range(2, 300):
+                monitor.scalars(step, {"loss": float(step)})
+                monitor.image("views", np.full((64, 64, 3), step % 256, np.uint8), step)
+            ballast.unlink()
+            monitor.scalars(300, {"loss": 300.0})
+        assert "lines are missing in metrics.jsonl, training goes on: [Errno 28] No space left" in caplog.text
+        assert "nothing more goes to TensorBoard until the run is started again: [Errno 28] No space" in caplog.text
+        assert len(caplog.messages) == 2
+        steps = [line["step"] for line in _lines(disk)]
+        assert steps == [*range(1, steps[-2] + 1), 300]
+        assert steps[-2] < 299
+        with Monitor(disk, enabled=True, resume_step=300) as monitor:
+            monitor.scalars(301, {"loss": 301.0})
+        assert _steps(disk, "loss")[-1] == (301, 301.0)

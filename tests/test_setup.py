@@ -1,4 +1,4 @@
-"""What setup.py chooses to build on which machine, by the one line that it prints; nothing is compiled."""
+"""What setup.py chooses to build on which machine, by the one line that it prints; and installations of that."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from packages import hide_editable
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+LOOKED_AT = ("IIC_DIST_BUILD", "CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+"""What the choice depends on besides PATH."""
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
 needs_nvcc = pytest.mark.skipif(
     NVCC is None or torch.version.cuda is None, reason=f"nvcc {NVCC}, torch for CUDA {torch.version.cuda}: needs both"
@@ -24,8 +27,7 @@ needs_nvcc = pytest.mark.skipif(
 
 def run_setup(environment: dict[str, str], program: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run `setup.py --name`, or a program in its place, with nothing set that its choice looks at but `environment`."""
-    looked_at = ("IIC_DIST_BUILD", "CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
-    kept = {name: value for name, value in os.environ.items() if name not in looked_at}
+    kept = {name: value for name, value in os.environ.items() if name not in LOOKED_AT}
     command = [sys.executable, "setup.py"] if program is None else [sys.executable, "-c", program]
     return subprocess.run(
         [*command, "--name"], cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True, timeout=60
@@ -101,20 +103,63 @@ def test_a_compiler_may_be_a_command_with_arguments(
     assert "C++" not in str(setup_file.why_no_compiler())
 
 
+def only_programs(folder: Path, *names: str) -> Path:
+    """A folder for PATH with these programs alone, as far as this machine has them."""
+    folder.mkdir()
+    for found in filter(None, map(shutil.which, names)):
+        (folder / Path(found).name).symlink_to(found)
+    return folder
+
+
 @needs_compiler
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA, which is then the reason")
 def test_without_nvcc_it_is_cpu(tmp_path: Path) -> None:
     """Neither on PATH, nor by CUDA_HOME, nor in the usual place, which this machine may have."""
-    compilers = {path.name: path for path in map(Path, filter(None, map(shutil.which, ("c++", "g++", "gcc", "cc"))))}
-    for name, path in compilers.items():
-        (tmp_path / name).symlink_to(path)
     program = (
         "import pathlib, sys; sys.argv[0] = 'setup.py'\n"
         "code = pathlib.Path('setup.py').read_text()\n"
         "assert code.count('/usr/local/cuda/bin') == 1\n"
         "exec(compile(code.replace('/usr/local/cuda/bin', '/nowhere'), 'setup.py', 'exec'))"
     )
-    assert choice({"PATH": str(tmp_path)}, program) == "cpu (no nvcc with its headers)"
+    path = only_programs(tmp_path / "path", "c++", "g++", "gcc", "cc")
+    assert choice({"PATH": str(path)}, program) == "cpu (no nvcc with its headers)"
+
+
+def doctor_of_an_installation(folder: Path, path: Path) -> str:
+    """Install this tree with only the programs of `path`, no nvcc in the usual place, and return what doctor says."""
+    tree, target = folder / "tree", hide_editable(folder / "installed")
+    for name in ("iic_dist", "csrc"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    (tree / "setup.py").write_text((ROOT / "setup.py").read_text().replace("/usr/local/cuda/bin", "/nowhere"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
+    kept = {name: value for name, value in os.environ.items() if name not in LOOKED_AT}
+    environment = {**kept, "PATH": str(path), "PYTHONPATH": str(target)}
+    commands = [[*pip, "--target", str(target), str(tree)], [sys.executable, "-m", "iic_dist.doctor"]]
+    for command in commands:
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+        assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.mark.slow
+def test_an_installation_without_a_compiler_works(tmp_path: Path) -> None:
+    said = doctor_of_an_installation(tmp_path, only_programs(tmp_path / "path"))
+    assert "extension    not used: the extension iic_dist._C could not be loaded" in said
+    assert "IIC in PyTorch, NT-Xent in PyTorch, views in PyTorch" in said
+    assert "training would work" in said
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_an_installation_without_nvcc_has_the_ops_of_the_cpu(tmp_path: Path) -> None:
+    programs = only_programs(tmp_path / "path", "c++", "g++", "gcc", "cc", "as", "ld", "ninja", "uname")
+    said = doctor_of_an_installation(tmp_path, programs)
+    assert f"extension    {tmp_path}/installed/iic_dist/_C" in said
+    assert "no CUDA" in said
+    assert "IIC fused, NT-Xent fused, views fused" in said
+    assert "training would work" in said
 
 
 def test_a_cuda_home_without_a_toolkit_is_not_passed_over(setup_file: ModuleType, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 
 import torch
 
@@ -13,7 +14,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _load() -> tuple[str | None, frozenset[str]]:
-    """Load the extension: why not, if not, and the device types that it has kernels for."""
+    """Load the extension: why not, if not, and the device types that it has kernels for; warn once a machine."""
     try:
         info = importlib.import_module("iic_dist._C").build_info()
     except (ImportError, OSError) as error:
@@ -23,7 +24,8 @@ def _load() -> tuple[str | None, frozenset[str]]:
         if info["torch"] == running:
             return None, frozenset({"cpu", "cuda"} if info["cuda"] else {"cpu"})
         why = f"the extension iic_dist._C was built for torch {info['torch']}, not {running}; build it again"
-    _logger.warning("losses and views run in PyTorch: %s", why)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # set by torchrun
+        _logger.warning("losses and views run in PyTorch: %s", why)
     return why, frozenset()
 
 

@@ -47,6 +47,15 @@ def test_without_the_extension_it_says_so_once(
         module.choose("fused")
 
 
+def test_the_other_ranks_of_a_machine_leave_the_warning_to_the_first(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with caplog.at_level(logging.WARNING):
+        assert fresh_backend(monkeypatch, None).WHY_NOT_FUSED is not None
+    assert not caplog.messages
+
+
 def test_a_broken_extension_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "_C.so").write_bytes(b"not a library")
     program = (

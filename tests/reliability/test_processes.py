@@ -7,10 +7,13 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from runs import STEPS_PER_EPOCH, Run, assert_equal, final_state
+from PIL import Image
+from runs import STEPS_PER_EPOCH, Run, assert_equal, command_line, final_state
 
 EVALUATING = ["--train.evaluate_every", "1", "--train.evaluate_batch_size", "10"]
 
@@ -72,15 +75,15 @@ def stop_and_go_on(folder: Path, stops: int, *options: str) -> tuple[Run, list[d
     return run, notes
 
 
-@pytest.mark.parametrize("stops", [pytest.param(1, id="once"), pytest.param(10, marks=pytest.mark.slow, id="10 times")])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(stops: int, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_stop_ten_times_saves_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    stops = 10
     options = [*EVALUATING, "--train.epochs", str(2 + stops), "--train.checkpoint_every_steps", "0"]
     run, notes = stop_and_go_on(tmp_path, stops, *options)
     assert len(notes) == stops
     steps = [note["step"] for note in notes]
     assert steps == sorted(steps)
-    if stops > 1:
-        assert any(note["step"] == (note["epoch"] + 1) * STEPS_PER_EPOCH for note in notes), notes  # in evaluation
+    assert any(note["step"] == (note["epoch"] + 1) * STEPS_PER_EPOCH for note in notes), notes  # in evaluation
     assert_equal(final_state(run.folder), undisturbed(tmp_path / "undisturbed", *options))
 
 
@@ -93,6 +96,62 @@ def test_one_process_without_torchrun_stops_too(tmp_path: Path) -> None:
     assert note == {"step": final_state(run.folder)["step"], "epoch": note["step"] // 7, "signal": "SIGUSR1"}
     assert "stopped and saved after step" in run.output
     assert not (run.folder / "result.json").exists()
+
+
+@pytest.fixture
+def large_pictures(tmp_path: Path) -> Path:
+    """A folder of 100 images, 40 ms each; the same noise under 100 names."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.effect_noise((2000, 2000), 50).save(folder / "000.jpg", quality=30)
+    for number in range(1, 100):
+        (folder / f"{number:03}.jpg").hardlink_to(folder / "000.jpg")
+    return folder
+
+
+def stop_everywhere(run: Run) -> list[int]:
+    """Send SIGTERM to every process of a run, as to a process group, and return which there were."""
+    everywhere = [*run.decoders(), *run.workers(), run.process.pid]
+    for pid in everywhere:
+        os.kill(pid, signal.SIGTERM)
+    return everywhere
+
+
+def all_gone(pids: list[int]) -> bool:
+    return not any(command_line(pid) for pid in pids)
+
+
+def wait_until(condition: Callable[[], object], run: Run, seconds: float = 240) -> None:
+    ended = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ended, run.output
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "code"), [(0, 0), (2, 1)])  # torchrun itself ends with 1 after a signal
+def test_a_signal_while_two_processes_decode_is_heeded_after_the_first_step(
+    ranks: int, code: int, tmp_path: Path, large_pictures: Path
+) -> None:
+    options = [
+        *("--data.name", f"folder:{large_pictures}", "--data.cache", str(tmp_path / "cache"), "--data.workers", "2"),
+        *("--data.image_size", "16", "--model.num_clusters", "3", "--data.batch_size", "32", "--train.epochs", "500"),
+    ]
+    for signalled in ("while decoding", "while training"):
+        with Run(tmp_path, *options, ranks=ranks) as run:
+            if signalled == "while decoding":
+                wait_until(lambda: len(run.decoders()) >= 2, run)
+            else:
+                run.wait_for(4)
+                assert not run.decoders()
+            everywhere = stop_everywhere(run)
+            assert run.end() == code, run.output
+            wait_until(partial(all_gone, everywhere), run, 10)
+        note = run.preempted()
+        assert note is not None, run.output
+        assert note["signal"] == "SIGTERM"
+        assert note["step"] == final_state(run.folder)["step"]
+        assert (note["step"] == 1) == (signalled == "while decoding")
 
 
 @pytest.mark.slow
