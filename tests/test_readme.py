@@ -84,8 +84,8 @@ OPTIONS = {
     "-m iic_dist.train": "--train.epochs 1 --monitor.progress false --run.threads 1",
     "launch/local.sh": "--train.epochs 1 --monitor.progress false --run.threads 1",
     # No data set is downloaded: these presets get the small images made here.
-    "--config cifar10": "--data.name folder:photos --model.num_clusters 3",
-    "--config fashion-mnist": "--data.name folder:signs --model.num_clusters 3",
+    "--config cifar10": "--data.name folder:photos --data.batch_size 24 --model.num_clusters 3",
+    "--config fashion-mnist": "--data.name folder:signs --data.batch_size 24 --model.num_clusters 3",
     "tensorboard": "--port 0",
 }
 """Options added to the commands that contain the key."""
@@ -219,7 +219,7 @@ RUN = [command for command in COMMANDS if command not in CANNOT_RUN]
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(command, marks=() if command in QUICK else pytest.mark.slow) for command in RUN]
+    "command", [pytest.param(each, id=each, marks=() if each in QUICK else pytest.mark.slow) for each in RUN]
 )
 def test_the_command_works(command: str, place: Path) -> None:
     make_needed(cheaper(command), place)
