@@ -165,20 +165,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_needed(command: str, folder: Path) -> None:
-    """Train what the command wants and no earlier command has left, in this process."""
+    """Train what the command wants and no earlier command has left."""
     for run, options in NEEDED.items():
         if run in command and not (folder / run).exists():
-            name = ["--run.name", run.removeprefix("runs/")]
-            shell(
-                ["python", "-m", "iic_dist.train", *options.split(), *OPTIONS["-m iic_dist.train"].split(), *name],
-                folder,
-            )
+            shell(cheaper(f"python -m iic_dist.train {options} --run.name {run.removeprefix('runs/')}"), folder)
 
 
-def shell(command: str | list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command as a shell in `folder` would, and fail with its words where it fails."""
+def shell(command: str, folder: Path) -> str:
+    """Run a command as a shell in `folder` would and return what it prints; fail with its words where it fails."""
     done = subprocess.run(
-        command if isinstance(command, list) else ["bash", "-c", command],
+        ["bash", "-c", command],
         cwd=folder,
         env=environment(folder),
         capture_output=True,
@@ -186,7 +182,7 @@ def shell(command: str | list[str], folder: Path) -> subprocess.CompletedProcess
         timeout=280,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done
+    return done.stdout
 
 
 def serve(command: str, folder: Path) -> None:
@@ -234,7 +230,7 @@ def test_the_command_works(command: str, place: Path) -> None:
 )
 def test_the_python_works(block: str, place: Path) -> None:
     make_needed(block, place)
-    assert shell([sys.executable, "-W", "error::UserWarning", "-c", block], place).stdout
+    assert shell(shlex.join(["python", "-W", "error::UserWarning", "-c", block]), place)
 
 
 def test_what_cannot_run_is_in_the_readme_and_run_elsewhere() -> None:
