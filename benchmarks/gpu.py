@@ -28,17 +28,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {
-    "build": 175,
-    "tests": 110,
-    "bench_iic": 75,
+    "build": 165,
+    "tests": 105,
+    "bench_iic": 65,
     "bench_nt_xent": 45,
-    "doctor": 20,
+    "bench_augment": 30,
+    "doctor": 15,
     "training": 30,
     "memcheck": 35,
     "racecheck": 35,
 }
 """Share of each step; what one leaves over goes to the next ones. Together 525 s."""
-BENCHMARKS = ("bench_iic", "bench_nt_xent")
+BENCHMARKS = ("bench_iic", "bench_nt_xent", "bench_augment")
 LAST_WORDS = 8
 """Seconds between the request to stop and the end by force, within the share."""
 TAIL = 6000
@@ -49,6 +50,9 @@ first kernels take two tiles, so that a missing barrier between tiles would show
 SMALL_ROWS, SMALL_DIMENSIONS = 9000, [128, 200, 300, 600]
 """2G and D likewise for NT-Xent, of which two of the ops' blocks of rows are looked at: enough columns for several
 tiles a block, each shape of block, and the library."""
+SMALL_VIEWS = [(8, 1, 9, 32), (8, 3, 97, 64), (260, 3, 9, 66), (8, 3, 9, 96)]
+"""Images, channels, side and side of the views likewise: everything in shared memory; all but the image; all but the
+blurred planes, where more views than blocks make a block take two; no plane."""
 
 
 @dataclass
@@ -247,6 +251,38 @@ def run_small_shapes() -> None:
             grad = ops.nt_xent_rows_grad(z, all_log_sum_exp, *place)
             assert all(result.isfinite().all() for result in (log_sum_exp, positive, grad))
             print(f"NT-Xent {SMALL_ROWS} x {dimensions} {dtype}", flush=True)
+    make_small_views("cuda")
+
+
+def make_small_views(device: str) -> None:
+    """Two views of a few images in every layout of the native op, with all that it can do."""
+    import torch
+
+    from iic_dist.augment import Views
+    from iic_dist.view_spec import ViewSpec
+
+    for count, channels, side, size in SMALL_VIEWS:
+        images = torch.arange(count * channels * side * side, device=device).to(torch.uint8)
+        rows = torch.arange(count, device=device)
+        colours = {"saturation": 0.4, "hue": 0.1, "gray": 0.2} if channels == 3 else {}
+        for dtype, sobel in ((torch.float32, False), (torch.bfloat16, True)):
+            spec = ViewSpec(
+                size=size,
+                crop_area=(0.2, 1.0),
+                rotation=30.0,
+                affine_probability=0.5,
+                flip=0.5,
+                brightness=0.4,
+                contrast=0.4,
+                jitter_probability=0.8,
+                blur=0.5,
+                sobel=sobel,
+                **colours,
+            )
+            views = Views(spec, spec, spec, repeats=1, seed=0, impl="fused")
+            made = views.training(images.view(count, channels, side, side), rows, rows, 0, dtype=dtype)
+            assert made.isfinite().all()
+            print(f"views {count} x {channels} x {side} px to {size} px {dtype}", flush=True)
 
 
 def find_gpu() -> tuple[str, str]:

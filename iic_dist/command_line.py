@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import re
@@ -16,6 +17,24 @@ from iic_dist.config import HEADS, Config
 from iic_dist.errors import UsageError
 
 PRESETS = Path(__file__).parent / "configs"
+_GROUPS = tuple(group.name for group in dataclasses.fields(Config))
+
+
+class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the settings alone, and a default where there is one; the texts say what None means."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Pass over what jsonargparse adds for whole groups, such as --run FILE, which is nothing to begin with."""
+        if action.dest not in _GROUPS:
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        text: str = super()._format_action_invocation(action)
+        return re.sub(r", --\S+\+ \S+$", "", text)  # --GROUP.FIELD+ appends to a list
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        named = "." in action.dest and action.default is not None
+        return f"{action.help} (default: %(default)s)" if named else str(action.help)
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -25,12 +44,30 @@ class _Parser(jsonargparse.ArgumentParser):
         raise UsageError(f"{' '.join(message.split())} (--help lists all options)") from ex
 
 
+_DESCRIPTION = """\
+Cluster unlabelled images, alone or under torchrun:
+
+  python -m iic_dist.train                              scikit-learn's digits, a minute
+  torchrun --nproc_per_node=2 -m iic_dist.train --data.name folder:photos --model.num_clusters 8
+  python -m iic_dist.train --config cifar10 --train.epochs 100
+
+Presets for --config:
+  {presets}
+
+A default below counts where neither the preset nor what is chosen for a folder sets the value;
+--print_config shows what a command line comes to."""
+
+
+def _presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
 def _parser() -> _Parser:
     parser = _Parser(
         prog="python -m iic_dist.train",
         usage="%(prog)s [--config NAME|FILE] [--GROUP.FIELD VALUE ...] [--print_config]",
-        description="Cluster unlabelled images. Runs alone or under torchrun. "
-        f"Presets for --config: {', '.join(sorted(path.stem for path in PRESETS.glob('*.yaml')))}.",
+        description=_DESCRIPTION.format(presets=", ".join(_presets())),
+        formatter_class=_Help,
     )
     parser.add_argument(
         "--config",
@@ -50,8 +87,7 @@ def _find(name: str) -> str:
         return str(preset)
     if Path(name).is_file():
         return name
-    names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
-    raise UsageError(f"--config {name}: neither a file nor a preset ({names})")
+    raise UsageError(f"--config {name}: neither a file nor a preset ({', '.join(_presets())})")
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import math
 import os
@@ -109,6 +110,11 @@ def _report(line: Callable[[str], None]) -> bool:
 
 def main() -> None:
     """Print the report; exit with 1 where a loss is wrong."""
+    argparse.ArgumentParser(
+        prog="python -m iic_dist.doctor",
+        description="Say what this machine has, which ops are compiled, and whether the losses are right here. "
+        "Exits with 0 where training would work.",
+    ).parse_args()
     if not _report(print):
         sys.exit("the losses are wrong on this machine: build the extension again, or use --loss.impl torch")
     print("training would work")

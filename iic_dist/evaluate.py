@@ -21,6 +21,7 @@ from iic_dist.trainer import Trainer
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m iic_dist.evaluate",
+        usage="%(prog)s [-h] --run DIR [--best] [--json] [-- --GROUP.FIELD VALUE ...]",
         description="Evaluate the newest checkpoint of a run; also under torchrun, with the same figures.",
     )
     parser.add_argument(
@@ -36,7 +37,7 @@ def _options() -> argparse.Namespace:
         "rest",
         nargs=argparse.REMAINDER,
         metavar="-- --GROUP.FIELD VALUE",
-        help="settings of the run to change",
+        help="settings of the run to change, such as -- --data.evaluate_on test",
     )
     return parser.parse_args()
 

@@ -149,7 +149,13 @@ def main() -> None:
         prog="python -m iic_dist.export", description="Write a trained run for use without this package."
     )
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of the run, runs/NAME")
-    parser.add_argument("--format", required=True, choices=sorted(_NEEDS))
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=sorted(_NEEDS),
+        help="onnx: from uint8 images to probabilities, needs onnx and onnxscript; safetensors: the weights and what "
+        "they belong to, needs safetensors",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: model.FORMAT in the run's folder")
     options = parser.parse_args()
     path = options.output or options.run / f"model.{options.format}"

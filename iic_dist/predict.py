@@ -24,7 +24,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m iic_dist.predict",
         description="Put each image of a folder into a cluster of a trained run; also under torchrun, with the same "
-        "output. No label and none of the images that the run was trained on is needed.",
+        "output. No label and none of the images that the run was trained on is needed. Ask for at least one of "
+        "--output, --link-to, --embeddings and --gallery.",
     )
     parser.add_argument(
         *("--run", "--folder"),
@@ -38,13 +39,20 @@ def _options() -> argparse.Namespace:
         "--output",
         type=Path,
         metavar="FILE",
-        help="table of path, cluster, confidence, agreement of the sub-heads: .csv, .jsonl or .parquet",
+        help="table of path, cluster, confidence, agreement of the sub-heads: .csv, .jsonl or .parquet (with pyarrow)",
     )
     parser.add_argument("--link-to", type=Path, metavar="DIR", help="make a folder for each cluster, of links")
     parser.add_argument("--copy", action="store_true", help="with --link-to: copies instead of links")
-    parser.add_argument("--embeddings", type=Path, metavar="FILE.npy", help="features of the network, a row an image")
+    parser.add_argument(
+        "--embeddings", type=Path, metavar="FILE.npy", help="features of the network, a row for each image of the table"
+    )
     parser.add_argument("--gallery", type=Path, metavar="FILE.html", help="one page that shows every cluster")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where to compute; auto takes CUDA if there is a GPU",
+    )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser.parse_args()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ def test_no_argument_means_the_digits_preset() -> None:
     assert (
         parse([]).loss.entropy_weight == yaml.safe_load((PRESETS / "digits.yaml").read_text())["loss"]["entropy_weight"]
     )
+
+
+def test_help_lists_every_setting_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    settings = [f"--{group}.{name}" for group, fields in dataclasses.asdict(Config()).items() for name in fields]
+    assert listed == ["--config", "--print_config", *settings]
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))

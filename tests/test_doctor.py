@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from iic_dist import doctor
+
+
+@pytest.fixture(autouse=True)
+def no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["doctor"])
 
 
 def test_the_report_names_what_training_needs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import gpu  # benchmarks/gpu.py: pytest's pythonpath in pyproject.toml
+import pytest
+
+from iic_dist.ops import views
 
 SCRIPT = Path(gpu.__file__)
 
@@ -25,6 +28,27 @@ def test_without_a_gpu_it_is_one_line() -> None:
 def test_the_whole_stays_under_nine_minutes(tmp_path: Path) -> None:
     assert [step.name for step in gpu.steps(tmp_path, "9.0")] == list(gpu.SECONDS)
     assert sum(gpu.SECONDS.values()) <= 9 * 60 - 10
+
+
+def test_the_gpu_tests_of_every_op_are_run(tmp_path: Path) -> None:
+    [tests] = [step for step in gpu.steps(tmp_path, "9.0") if step.name == "tests"]
+    assert {"test_iic_cuda.py", "test_nt_xent_cuda.py", "test_views_cuda.py"} <= {
+        Path(word).name for word in tests.command
+    }
+
+
+def test_the_benchmarks_want_none_of_the_packages_that_only_a_comparison_needs() -> None:
+    program = f"import sys; sys.modules.update(kornia=None, torchvision=None); import {', '.join(gpu.BENCHMARKS)}"
+    path = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif("cpu" not in views.DEVICES, reason="the extension is not built")
+def test_the_small_views_are_made(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.make_small_views("cpu")
+    assert capsys.readouterr().out.count("views ") == 2 * len(gpu.SMALL_VIEWS)
 
 
 def test_a_step_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> None:

@@ -1,0 +1,273 @@
+"""README.md keeps its word: its commands and blocks of Python are run, its options, files and links are there.
+
+`make test` runs the commands of `QUICK`; the others take some seconds each and are marked slow. What is changed to
+make a command cheap stands in the tables below, and what cannot run here stands there with its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_runs import write_colours, write_digits
+
+from iic_dist.config import Config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+PROGRAMS = ("make", "source", "torchrun", "python", "pip", "tensorboard", "sbatch", "kubectl", "docker", "launch/")
+"""A command starts with one of them, after settings of the environment such as RANKS=2."""
+
+NOT_COMMANDS = (
+    "digits: 1797 images",
+    "accuracy 0.",
+    "run: runs/",
+    "epoch 60: ",
+    "runs/NAME/config.yaml ",
+    "images -> views",
+)
+"""Starts of lines in indented blocks that show output or draw something; the rest of such a block is not looked at."""
+
+TRAINS = "test_commands.py::test_no_argument_clusters_the_digits"
+CANNOT_RUN = {
+    "make demo": ("installs; then it is this training", TRAINS),
+    "make test": ("it is what runs this", None),
+    "make demo SEED=1 PYTHON=python3.12": ("wants another interpreter and a network", TRAINS),
+    "source .venv/bin/activate": ("make has made it, and a test is not run by make alone", None),
+    "make gpu": ("needs a GPU", "test_gpu_run.py::test_without_a_gpu_it_is_one_line"),
+    "make bench": ("minutes, of a quiet machine", None),
+    "make lint": ("installs; .ci/run runs it", None),
+    "make test-all": ("it is what runs this", None),
+    "pip install -e . --no-build-isolation": (
+        "changes the environment; make runs it",
+        "test_setup.py::test_none_is_none",
+    ),
+    "python benchmarks/bench_scaling.py --device cpu": (
+        "minutes",
+        "test_scaling.py::test_the_fit_finds_the_network_that_the_times_come_from",
+    ),
+    "HEAD=node0:29400 NODES=2 NODE_RANK=0 launch/multinode.sh --run.name mine --config cifar10": (
+        "two machines",
+        "launch/test_multinode.py::test_two_agents_are_one_and_one_may_be_lost_and_come_back",
+    ),
+    "sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=64 --time=12:00:00 launch/slurm.sbatch --config cifar10": (
+        "four nodes with GPUs",
+        "launch/test_slurm.py::test_a_preempted_job_on_two_nodes_goes_on",
+    ),
+    "kubectl apply -f launch/trainjob.yaml": ("a cluster", "launch/test_files.py::test_kubernetes_knows_every_field"),
+    "docker build -t iic_dist -f launch/Dockerfile .": (
+        "downloads gigabytes",
+        "launch/test_files.py::test_the_image_copies_all_that_an_installation_needs",
+    ),
+}
+"""Command -> why it is not run here, and the test that runs what it starts, if there is one."""
+
+CHEAPER = {
+    "--nproc_per_node=8": "--nproc_per_node=2",
+    "choose --run runs/NAME": "choose --run runs/several",
+    "runs/NAME": "runs/digits-1",
+}
+"""Parts of a command that are replaced: fewer ranks; a run for the word that stands for any."""
+
+OPTIONS = {
+    "-m iic_dist.train": "--train.epochs 1 --monitor.progress false --run.threads 1",
+    "launch/local.sh": "--train.epochs 1 --monitor.progress false --run.threads 1",
+    # No data set is downloaded: these presets get the small images made here.
+    "--config cifar10": "--data.name folder:photos --data.batch_size 24 --model.num_clusters 3",
+    "--config fashion-mnist": "--data.name folder:signs --data.batch_size 24 --model.num_clusters 3",
+    "tensorboard": "--port 0",
+}
+"""Options added to the commands that contain the key."""
+
+SERVERS = ("tensorboard --logdir runs", "launch/tensorboard.sh")
+"""Commands that run until they are stopped; they are asked for a page."""
+
+QUICK = (
+    "torchrun --nproc_per_node=2 -m iic_dist.train",
+    "python -m iic_dist.evaluate --run runs/digits-1",
+)
+
+NEEDED = {
+    "runs/digits-1": "",
+    "runs/photos-1": "--data.name folder:photos --model.num_clusters 8",
+    "runs/several": "--model.num_clusters 5,8,10,12,20",
+}
+"""The options of the training that makes a run which a command wants, unless an earlier command has made it."""
+
+
+def indented(text: str) -> list[str]:
+    """The command lines of the indented blocks, comments taken off and continued lines joined."""
+    lines: list[str] = []
+    for block in re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE):
+        if block.strip().startswith(NOT_COMMANDS):
+            continue
+        joined = re.sub(r"\\\n\s*", "", block)
+        lines += [re.sub(r"(^|\s)#\s.*", "", line).strip() for line in joined.splitlines()]
+    return [line for line in lines if line]
+
+
+def inline(text: str) -> list[str]:
+    """The commands between backticks in the text and its tables: a program, and what it is to do."""
+    spans = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text))
+    start = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{'|'.join(PROGRAMS)})\S*")
+    return [span for span in spans if (found := start.match(span)) and (found.end() < len(span) or span in SERVERS)]
+
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+PYTHON = [block for language, block in FENCED.findall(README) if language == "python"]
+TEXT = FENCED.sub("\n", README)
+COMMANDS = list(dict.fromkeys([*indented(TEXT), *inline(TEXT)]))
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """This interpreter and this tree behind the names that a shell has after `source .venv/bin/activate`."""
+    path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
+    modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PATH": path, "PYTHONPATH": modules, "RANKS": "2", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to type the README's commands in: the tree's scripts, small folders of images, the programs."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("launch", "benchmarks", "iic_dist"):
+        (folder / name).symlink_to(ROOT / name)
+    for name in ("photos", "new", "signs", "cells", "bin"):
+        (folder / name).mkdir()
+    write_colours(folder / "photos", 24)
+    write_colours(folder / "new", 3)
+    write_colours(folder / "cells", 24)
+    write_digits(folder / "signs", 60)
+    for name in ("a.jpg", "b.png"):
+        Image.fromarray(np.full((12, 14, 3), 99, np.uint8)).save(folder / name)
+    programs = {
+        "torchrun": "-m torch.distributed.run",
+        "tensorboard": "-m tensorboard.main",
+        "python": "",
+        "python3": "",
+    }
+    for name, module in programs.items():
+        program = folder / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {module} "$@"\n')
+        program.chmod(0o755)
+    return folder
+
+
+def make_needed(command: str, folder: Path) -> None:
+    """Train what the command wants and no earlier command has left."""
+    for run, options in NEEDED.items():
+        if run in command and not (folder / run).exists():
+            shell(cheaper(f"python -m iic_dist.train {options} --run.name {run.removeprefix('runs/')}"), folder)
+
+
+def shell(command: str, folder: Path) -> str:
+    """Run a command as a shell in `folder` would and return what it prints; fail with its words where it fails."""
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def serve(command: str, folder: Path) -> None:
+    """Start a server, get its first page, and stop it."""
+    log = folder / "server.txt"
+    with log.open("w") as file:
+        server = subprocess.Popen(shlex.split(command), cwd=folder, env=environment(folder), stdout=file, stderr=file)
+    try:
+        end = time.monotonic() + 120
+        while (found := re.search(r"http://localhost:\d+/", log.read_text())) is None:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        with urllib.request.urlopen(found[0], timeout=60) as page:
+            assert b"TensorBoard" in page.read()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def cheaper(command: str) -> str:
+    """The command with what `CHEAPER` replaces and `OPTIONS` adds."""
+    added = [options for part, options in OPTIONS.items() if part in command and "--help" not in command]
+    for part, other in CHEAPER.items():
+        command = command.replace(part, other)
+    return " ".join([command, *added])
+
+
+RUN = [command for command in COMMANDS if command not in CANNOT_RUN]
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(each, id=each, marks=() if each in QUICK else pytest.mark.slow) for each in RUN]
+)
+def test_the_command_works(command: str, place: Path) -> None:
+    make_needed(cheaper(command), place)
+    if command in SERVERS:
+        serve(cheaper(command), place)
+    else:
+        shell(cheaper(command), place)
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(block, marks=pytest.mark.slow if "runs/" in block else ()) for block in PYTHON]
+)
+def test_the_python_works(block: str, place: Path) -> None:
+    make_needed(block, place)
+    assert shell(shlex.join(["python", "-W", "error::UserWarning", "-c", block]), place)
+
+
+def test_what_cannot_run_is_in_the_readme_and_run_elsewhere() -> None:
+    assert CANNOT_RUN.keys() <= set(COMMANDS)
+    assert set(QUICK) | set(SERVERS) <= set(RUN)
+    for _, test in CANNOT_RUN.values():
+        if test is not None:
+            file, name = test.split("::")
+            assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), test
+
+
+def test_every_line_of_an_indented_block_is_a_command() -> None:
+    start = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{'|'.join(PROGRAMS)})")
+    assert [command for command in COMMANDS if not start.match(command)] == []
+    assert all(f"\n    {start}" in README for start in NOT_COMMANDS)
+
+
+def test_every_option_is_one() -> None:
+    groups = {group.name: group.default_factory for group in dataclasses.fields(Config)}  # type: ignore[misc]
+    known = {f"{name}.{each.name}" for name, group in groups.items() for each in dataclasses.fields(group)}
+    files = "py|sh|sbatch|yaml|json|jsonl|txt|png|html"
+    mentioned = set(re.findall(rf"(?:--|`)((?:{'|'.join(groups)})\.(?!(?:{files})\b)[a-z_]+)", README))
+    assert len(mentioned) > 20
+    assert mentioned - known == set()
+
+
+def test_every_file_of_the_map_and_every_link_is_there() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", README)
+    headings = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", README, re.M)
+    }
+    for path, anchor in links:
+        assert not path or (ROOT / path).exists(), path
+        assert not anchor or path or anchor.removeprefix("#") in headings, anchor
+    for row in re.findall(r"^\| (`.*?) \|", README.split("\n## The map")[1], re.MULTILINE):
+        names = [Path(name) for name in re.findall(r"`([^`]+)`", row)]
+        folder = names[0] if (ROOT / names[0]).is_dir() else names[0].parent  # of the names that come without one
+        assert (ROOT / names[0]).exists(), names[0]
+        for name in names[1:]:
+            assert (ROOT / name).exists() or (ROOT / folder / name).exists(), name
