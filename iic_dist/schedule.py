@@ -82,8 +82,10 @@ class Schedule:
         return [(each, position) for each in self.passes(epoch) for position in range(each.steps)]
 
     def total_steps(self, epochs: int) -> int:
-        """Count the steps of the first `epochs` epochs."""
-        return sum(each.steps for epoch in range(epochs) for each in self.passes(epoch))
+        """Count the steps of the first `epochs` epochs: all of the warm-up are alike, and all behind it."""
+        warmup = min(epochs, self.warmup_epochs)
+        counts = ((warmup, self.passes(0)), (epochs - warmup, self.passes(self.warmup_epochs)))
+        return sum(count * each.steps for count, passes in counts for each in passes)
 
     def batches(self, epoch: int, heads: Sequence[str], position: int) -> list[tuple[tuple[str, ...], Batch]]:
         """Choose this rank's images of one step of a pass: one batch for heads that share their images, else two."""

@@ -76,3 +76,10 @@ def test_heads_of_one_kind_take_their_turn_together() -> None:
     assert [(each.heads, each.steps) for each in turns.passes(0)] == [(heads[:2], 5), (heads[2:], 12)]
     joint = Schedule(heads, narrow, wide, alternate=False, order=HEADS, contrastive_warmup_epochs=0, views=3)
     assert [members for members, _ in joint.batches(0, heads, 0)] == [heads[:2], heads[2:]]
+
+
+def test_steps_are_counted_without_listing_every_epoch() -> None:
+    for warmup in (0, 3):
+        each = schedule(alternate=True, warmup=warmup, wide=True)
+        assert [each.total_steps(n) for n in range(7)] == [sum(len(each.steps(i)) for i in range(n)) for n in range(7)]
+        assert each.total_steps(2**60) > 2**60
