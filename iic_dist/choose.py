@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 from iic_dist import distributed, figures
@@ -12,7 +11,7 @@ from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluate import evaluate
 from iic_dist.health import Health, Recommendation, recommend
-from iic_dist.train import say
+from iic_dist.train import fail, say
 
 PICTURE = "choices.png"
 
@@ -73,9 +72,7 @@ def main() -> None:
             figures.choices(recommendation).savefig(options.run / PICTURE)
         say(place, f"picture: {options.run / PICTURE}")
     except UsageError as error:
-        if place.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        fail(place, error, 2)
     finally:
         distributed.stop()
 

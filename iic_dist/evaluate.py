@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from iic_dist.build import load_data
 from iic_dist.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.train import say, use_threads
+from iic_dist.train import fail, say, use_threads
 from iic_dist.trainer import Trainer
 
 
@@ -79,9 +78,7 @@ def main() -> None:
         result = evaluate(options.run, place, changes, options.best)
         say(place, json.dumps(result, indent=1) if options.json else report.summary(result))
     except UsageError as error:
-        if place.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        fail(place, error, 2)
     finally:
         distributed.stop()
 

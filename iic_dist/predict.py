@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from iic_dist import clusterer, distributed, gallery, prediction_files
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.folder_prediction import FolderPrediction, predict_folder
-from iic_dist.train import use_threads
+from iic_dist.train import fail, use_threads
 
 _NAMED = 10  # unreadable files that are printed
 
@@ -146,9 +145,7 @@ def main() -> None:
     try:
         predict(options, place)
     except (UsageError, OSError) as error:
-        if place.local_rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        fail(place, error, 2)
     finally:
         distributed.stop()
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from iic_dist.data.decode import Decoded
 from iic_dist.data.listing import Unreadable
 from iic_dist.errors import UsageError
+from iic_dist.files import sync_folder
 
 Fill = Callable[[BinaryIO], None]
 
@@ -222,7 +223,7 @@ def read_or_build(
             part.unlink()
             raise
         os.replace(part, path)  # from here on a file of the name `part` is another process's
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return found
 
 
@@ -290,11 +291,3 @@ def _same_file(one: os.stat_result | None, other: os.stat_result | None) -> bool
     if one is None or other is None:
         return one is other
     return os.path.samestat(one, other)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
