@@ -23,7 +23,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iic_dist.data import DeviceImages, HostImages, ImageSource, load_image_set
+from iic_dist.data.device import DeviceImages
+from iic_dist.data.host import HostImages
+from iic_dist.data.load import load_image_set
+from iic_dist.data.source import ImageSource
 from iic_dist.data.listing import list_images
 
 LISTED = 100_000

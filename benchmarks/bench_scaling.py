@@ -30,11 +30,11 @@ import torch.distributed as dist
 from scaling_model import Network, Step, Traffic, contrast_flops, predict
 
 from iic_dist import distributed
-from iic_dist.build import load_data
-from iic_dist.command_line import parse
+from iic_dist.config.build import load_data
+from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.losses import nt_xent_loss
-from iic_dist.trainer import Trainer
+from iic_dist.training.trainer import Trainer
 
 WORLDS = (1, 2, 4)
 WEAK, STRONG = 128, 256

@@ -31,12 +31,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from iic_dist.build import RunData, load_data
-from iic_dist.command_line import parse
-from iic_dist.data import ImageSet
+from iic_dist.config.build import RunData, load_data
+from iic_dist.config.command_line import parse
+from iic_dist.data.image_set import ImageSet
 from iic_dist.distributed import Place
-from iic_dist.optim import build_optimizer
-from iic_dist.trainer import Trainer
+from iic_dist.training.optim import build_optimizer
+from iic_dist.training.trainer import Trainer
 
 COMMON = [
     *("--monitor.progress", "false", "--train.precision", "float32", "--train.channels_last", "false"),

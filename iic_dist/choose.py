@@ -6,11 +6,12 @@ import argparse
 import logging
 from pathlib import Path
 
-from iic_dist import distributed, figures
+from iic_dist import distributed
+from iic_dist.evaluation import charts
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluate import evaluate
-from iic_dist.health import Health, Recommendation, recommend
+from iic_dist.evaluation.health import Health, Recommendation, recommend
 from iic_dist.train import fail, say
 
 PICTURE = "choices.png"
@@ -69,7 +70,7 @@ def main() -> None:
         recommendation = choose(options.run, place)
         say(place, table(recommendation))
         if place.is_main:
-            figures.choices(recommendation).savefig(options.run / PICTURE)
+            charts.choices(recommendation).savefig(options.run / PICTURE)
         say(place, f"picture: {options.run / PICTURE}")
     except UsageError as error:
         fail(place, error, 2)

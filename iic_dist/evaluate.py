@@ -8,13 +8,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from iic_dist import distributed, report
-from iic_dist.build import load_data
-from iic_dist.command_line import parse
+from iic_dist import distributed
+from iic_dist.training import report
+from iic_dist.config.build import load_data
+from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.train import fail, say, use_threads
-from iic_dist.trainer import Trainer
+from iic_dist.training.trainer import Trainer
 
 
 def _options() -> argparse.Namespace:

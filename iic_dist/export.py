@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from iic_dist import clusterer
-from iic_dist.clusterer import Clusterer
+from iic_dist.prediction import clusterer
+from iic_dist.prediction.clusterer import Clusterer
 from iic_dist.errors import UsageError
-from iic_dist.ops import augment as ops
-from iic_dist.view_spec import NUM_UNIFORMS, ViewSpec, sample
+from iic_dist.ops import images as ops
+from iic_dist.views.spec import NUM_UNIFORMS, ViewSpec, sample
 
 _NEEDS = {"onnx": ("onnx", "onnxscript"), "safetensors": ("safetensors",)}
 

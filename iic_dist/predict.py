@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iic_dist import clusterer, distributed, gallery, prediction_files
+from iic_dist import distributed
+from iic_dist.prediction import clusterer, gallery, outputs
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.folder_prediction import FolderPrediction, predict_folder
+from iic_dist.prediction.folder import FolderPrediction, predict_folder
 from iic_dist.train import fail, use_threads
 
 _NAMED = 10  # unreadable files that are printed
@@ -63,9 +64,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.copy and not options.link_to:
         raise UsageError("--copy: copies for --link-to, which is not asked for")
     if options.output:
-        prediction_files.check_table(options.output)
+        outputs.check_table(options.output)
     if options.link_to:
-        prediction_files.check_link_folder(options.link_to, options.images)
+        outputs.check_link_folder(options.link_to, options.images)
     for option, path, ending in (
         ("--embeddings", options.embeddings, ".npy"),
         ("--gallery", options.gallery, ".html"),
@@ -73,7 +74,7 @@ def _check(options: argparse.Namespace) -> None:
         if path and path.suffix != ending:
             raise UsageError(f"{option} {path}: its name must end in {ending}")
         if path:
-            prediction_files.check_parent(option, path)
+            outputs.check_parent(option, path)
 
 
 def predict(options: argparse.Namespace, place: Place) -> None:
@@ -99,20 +100,20 @@ def predict(options: argparse.Namespace, place: Place) -> None:
 
 def _write(options: argparse.Namespace, found: FolderPrediction, agreement: Tensor, num_clusters: int) -> None:
     prediction = found.prediction
-    table = list(prediction_files.rows(found.paths, prediction.clusters, prediction.confidence, agreement))
+    table = list(outputs.rows(found.paths, prediction.clusters, prediction.confidence, agreement))
     written: list[Path] = []
     if options.output:
-        prediction_files.write_table(options.output, table)
+        outputs.write_table(options.output, table)
         written.append(options.output)
     if options.output and found.unreadable:
         names = options.output.with_name(options.output.name + ".unreadable.txt")
         names.write_text("".join(f"{path}\t{reason}\n" for path, reason in found.unreadable), encoding="utf-8")
         written.append(names)
     if options.embeddings:
-        prediction_files.write_embeddings(options.embeddings, prediction.embeddings)
+        outputs.write_embeddings(options.embeddings, prediction.embeddings)
         written.append(options.embeddings)
     if options.link_to:
-        prediction_files.link_images(options.link_to, options.images, table, num_clusters, options.copy)
+        outputs.link_images(options.link_to, options.images, table, num_clusters, options.copy)
         written.append(options.link_to)
     if options.gallery:
         gallery.write(options.gallery, found, agreement, num_clusters)

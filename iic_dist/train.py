@@ -11,17 +11,20 @@ from pathlib import Path
 import torch
 import yaml
 
-from iic_dist import distributed, folder_settings, metrics, report
-from iic_dist.build import load_data, run_folder
-from iic_dist.command_line import parse
+from iic_dist import distributed
+from iic_dist.config import folder
+from iic_dist.evaluation import metrics
+from iic_dist.training import report
+from iic_dist.config.build import load_data, run_folder
+from iic_dist.config.command_line import parse
 from iic_dist.config import Config
 from iic_dist.distributed import Place
 from iic_dist.errors import RunError, UsageError
 from iic_dist.files import write_whole
 from iic_dist.ops import iic, nt_xent
-from iic_dist.restart import PREEMPTED
-from iic_dist.stop import StopSignals
-from iic_dist.trainer import Trainer
+from iic_dist.training.resume import PREEMPTED
+from iic_dist.training.stop import StopSignals
+from iic_dist.training.trainer import Trainer
 
 # What a run may be gone on with under another value of.
 MAY_CHANGE = {
@@ -152,7 +155,7 @@ def main() -> None:
     place = Place.from_environment()
     with StopSignals() as stop:
         try:
-            train(parse(choose=partial(folder_settings.choose, say=partial(say, place))), place, stop)
+            train(parse(choose=partial(folder.choose, say=partial(say, place))), place, stop)
         except UsageError as error:
             fail(place, error, 2)
         except (RunError, OSError) as error:

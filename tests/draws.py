@@ -1,4 +1,4 @@
-"""What `iic_dist.view_spec` draws, once more in Python's own floats: another device, as far as IEEE 754 goes."""
+"""What `iic_dist.views.spec` draws, once more in Python's own floats: another device, as far as IEEE 754 goes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from iic_dist.view_spec import ViewSpec
+from iic_dist.views.spec import ViewSpec
 
 
 def philox(counter: list[int], key: tuple[int, int]) -> list[int]:

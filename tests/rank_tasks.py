@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iic_dist import distributed, restart
-from iic_dist.build import load_data
-from iic_dist.clusterer import load
-from iic_dist.command_line import parse
+from iic_dist import distributed
+from iic_dist.training import resume
+from iic_dist.config.build import load_data
+from iic_dist.prediction.clusterer import load
+from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
-from iic_dist.folder_prediction import FolderPrediction, predict_folder
+from iic_dist.prediction.folder import FolderPrediction, predict_folder
 from iic_dist.losses import iic_loss, nt_xent_loss, start_nt_xent_loss
 from iic_dist.models import SubHeads
-from iic_dist.stuck import StuckSubHeads
-from iic_dist.trainer import Trainer
+from iic_dist.training.stuck import StuckSubHeads
+from iic_dist.training.trainer import Trainer
 
 ENTROPY_WEIGHT = 1.5
 PRIOR = (1.0, 2.0, 3.0, 4.0, 10.0)
@@ -170,7 +171,7 @@ def train_on(rank: int, group: dist.ProcessGroup | None, arguments: list[str], f
     trainer.resume(Path(folder))
     for each, position in trainer.schedule.steps(0)[trainer.step : steps]:
         trainer.train_step(each, position)
-    restart.save(Path(folder), trainer.state_dict())
+    resume.save(Path(folder), trainer.state_dict())
     distributed.barrier()
     return torch.cat([value.detach().double().flatten() for value in trainer.model.state_dict().values()])
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from iic_dist import checkpoint
+from iic_dist.training import checkpoint
 
 
 def children(pid: int) -> list[int]:

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from iic_dist import folder_settings
-from iic_dist.command_line import parse
+from iic_dist.config import folder
+from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
-from iic_dist.stop import StopSignals
+from iic_dist.training.stop import StopSignals
 from iic_dist.train import train
 
 ODD_NAMES = (
@@ -62,5 +62,5 @@ def train_on(images: Path, root: Path, *options: str) -> Path:
         *("--run.threads", "1", "--run.device", "cpu", "--monitor.progress", "false"),
         *("--data.cache", str(root / "decoded"), "--train.evaluate_batch_size", "16", *options),
     ]
-    train(parse(arguments, partial(folder_settings.choose, say=lambda line: None)), Place(), StopSignals())
+    train(parse(arguments, partial(folder.choose, say=lambda line: None)), Place(), StopSignals())
     return root / "run"

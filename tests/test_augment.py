@@ -14,11 +14,11 @@ from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iic_dist.augment import Views, policy
+from iic_dist.views.views import Views, policy
 from iic_dist.errors import UsageError
-from iic_dist.ops import views as native
-from iic_dist.philox import uniforms
-from iic_dist.view_spec import ViewSpec, sample
+from iic_dist.ops import augment as native
+from iic_dist.ops.philox import uniforms
+from iic_dist.views.spec import ViewSpec, sample
 
 EVERYTHING = ViewSpec(
     size=12,

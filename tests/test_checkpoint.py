@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iic_dist import checkpoint
+from iic_dist.training import checkpoint
 
 
 def state(value: float) -> dict[str, object]:

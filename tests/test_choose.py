@@ -14,8 +14,8 @@ from PIL import Image
 from ranks import Ranks
 
 from iic_dist import choose, train
-from iic_dist.build import build_model, complete, load_data
-from iic_dist.command_line import parse
+from iic_dist.config.build import build_model, complete, load_data
+from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
 
 SMALL = [

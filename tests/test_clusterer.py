@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 import iic_dist
-from iic_dist.build import load_data
-from iic_dist.clusterer import Prediction
-from iic_dist.command_line import parse
+from iic_dist.config.build import load_data
+from iic_dist.prediction.clusterer import Prediction
+from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.trainer import Trainer
+from iic_dist.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from iic_dist import export, load
-from iic_dist.augment import policy
+from iic_dist.views.views import policy
 from iic_dist.export import EvaluationView
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from iic_dist.figures import choices, cluster_mosaic, confusion, render, view_pairs
-from iic_dist.health import Health, recommend
+from iic_dist.evaluation.charts import choices, cluster_mosaic, confusion, render, view_pairs
+from iic_dist.evaluation.health import Health, recommend
 
 
 def _coloured(count: int, size: int = 8, red: int = 255) -> torch.Tensor:

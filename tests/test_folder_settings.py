@@ -13,19 +13,19 @@ import yaml
 from PIL import Image
 from small_runs import train_on, write_colours, write_digits
 
-from iic_dist import folder_settings
-from iic_dist.build import load_data
-from iic_dist.command_line import parse
+from iic_dist.config import folder
+from iic_dist.config.build import load_data
+from iic_dist.config.command_line import parse
 from iic_dist.config import Config
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.folder_settings import Survey, settings, survey
+from iic_dist.config.folder import Survey, settings, survey
 
 
 def asked(*arguments: str) -> tuple[Config, str]:
     """Parse as the training command does; return the config and what was printed."""
     lines: list[str] = []
-    config = parse(list(arguments), partial(folder_settings.choose, say=lines.append))
+    config = parse(list(arguments), partial(folder.choose, say=lines.append))
     return config, "\n".join(lines)
 
 
@@ -162,7 +162,7 @@ def test_gray_channels_are_pillows(tmp_path: Path) -> None:
 
 
 def test_a_named_set_has_its_own_size() -> None:
-    from iic_dist.build import complete
+    from iic_dist.config.build import complete
 
     config = parse(["--data.image_size", "64"])
     with pytest.raises(UsageError, match=r"data.image_size=64: the images of 'digits' have their own, 8"):

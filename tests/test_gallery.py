@@ -17,9 +17,9 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 from small_runs import ODD_NAMES, write_odd_names
 
-from iic_dist import gallery
-from iic_dist.clusterer import Prediction
-from iic_dist.folder_prediction import FolderPrediction
+from iic_dist.prediction import gallery
+from iic_dist.prediction.clusterer import Prediction
+from iic_dist.prediction.folder import FolderPrediction
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import gpu  # benchmarks/gpu.py: pytest's pythonpath in pyproject.toml
 import pytest
 
-from iic_dist.ops import views
+from iic_dist.ops import augment
 
 SCRIPT = Path(gpu.__file__)
 
@@ -45,7 +45,7 @@ def test_the_benchmarks_want_none_of_the_packages_that_only_a_comparison_needs()
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.skipif("cpu" not in views.DEVICES, reason="the extension is not built")
+@pytest.mark.skipif("cpu" not in augment.DEVICES, reason="the extension is not built")
 def test_the_small_views_are_made(capsys: pytest.CaptureFixture[str]) -> None:
     gpu.make_small_views("cpu")
     assert capsys.readouterr().out.count("views ") == 2 * len(gpu.SMALL_VIEWS)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from iic_dist.errors import RunError
-from iic_dist.guard import Poll, StepGuard, Verdicts
-from iic_dist.optim import build_optimizer
-from iic_dist.stop import Stopping
+from iic_dist.training.guard import Poll, StepGuard, Verdicts
+from iic_dist.training.optim import build_optimizer
+from iic_dist.training.stop import Stopping
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iic_dist.health import Health, agreement, recommend
+from iic_dist.evaluation.health import Health, agreement, recommend
 
 
 def health(k: int, mean: float | None = 0.9, error: float | None = 0.02, **changes: Any) -> Health:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from iic_dist.build import load_data
-from iic_dist.command_line import parse
+from iic_dist.config.build import load_data
+from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.losses import iic_loss
 from iic_dist.ops import backend
-from iic_dist.trainer import Trainer
+from iic_dist.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(backend.WHY_NOT_FUSED is not None, reason=str(backend.WHY_NOT_FUSED))
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from iic_dist.monitor import Monitor
+from iic_dist.training.monitor import Monitor
 
 
 def _lines(run_dir: Path) -> list[dict]:

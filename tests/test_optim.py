@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from iic_dist.errors import UsageError
-from iic_dist.optim import build_optimizer, learning_rate
+from iic_dist.training.optim import build_optimizer, learning_rate
 
 
 def test_the_cosine_goes_up_and_down_to_zero() -> None:

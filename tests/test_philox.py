@@ -9,7 +9,7 @@ import torch
 from draws import philox as philox_by_hand
 from scipy import stats
 
-from iic_dist.philox import permutation, philox_4x32, uniforms
+from iic_dist.ops.philox import permutation, philox_4x32, uniforms
 
 # Random123, kat_vectors, philox4x32 10
 KNOWN = [

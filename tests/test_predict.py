@@ -16,10 +16,11 @@ import torch
 from ranks import Ranks
 from small_runs import ODD_NAMES, write_odd_names
 
-from iic_dist import load, predict, prediction_files
+from iic_dist import load, predict
+from iic_dist.prediction import outputs
 from iic_dist.errors import UsageError
-from iic_dist.folder_prediction import predict_folder
-from iic_dist.prediction_files import Row
+from iic_dist.prediction.folder import predict_folder
+from iic_dist.prediction.outputs import Row
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -119,7 +120,7 @@ def test_odd_names_come_through(gray_run: Path, tmp_path: Path, monkeypatch: pyt
 def test_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     rows = [Row("a/b.png", 3, 0.25, 1.0), Row(os.fsdecode(b"latin-\xe9.png"), 0, 0.5, 0.0)]
-    prediction_files.write_table(tmp_path / "c.parquet", rows)
+    outputs.write_table(tmp_path / "c.parquet", rows)
     read = parquet.read_table(tmp_path / "c.parquet").to_pydict()
     assert read == {
         "path": ["a/b.png", "latin-\\xe9.png"],
@@ -204,6 +205,6 @@ def test_a_mistake_is_one_line(
 
 
 def test_parquet_without_a_library_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction_files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(outputs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="needs pyarrow"):
-        prediction_files.check_table(Path("c.parquet"))
+        outputs.check_table(Path("c.parquet"))

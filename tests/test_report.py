@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from iic_dist import load, report
+from iic_dist import load
+from iic_dist.training import report
 
 
 @pytest.mark.parametrize(("count", "shown"), [(1, 1), (999, 999), (1000, 1000), (1001, 1000), (70_000, 1000)])

@@ -8,8 +8,8 @@ import rank_tasks
 from ranks import Ranks
 from scaling_model import Network, Traffic, contrast_flops, predict
 
-from iic_dist.build import build_model
-from iic_dist.command_line import parse
+from iic_dist.config.build import build_model
+from iic_dist.config.command_line import parse
 
 RING = Network(latency=1e-3, latency_between=5e-3, bandwidth=1e6, ranks_per_node=4, tree=False)
 

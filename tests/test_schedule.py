@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from iic_dist.data import Sampler
-from iic_dist.schedule import Pass, Schedule
+from iic_dist.data.sampler import Sampler
+from iic_dist.training.schedule import Pass, Schedule
 
 HEADS = ("clustering", "overclustering", "contrastive")
 

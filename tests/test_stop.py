@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from iic_dist.stop import SIGNALS, StopSignals
+from iic_dist.training.stop import SIGNALS, StopSignals
 
 
 @pytest.mark.parametrize("number", SIGNALS)

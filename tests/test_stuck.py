@@ -11,12 +11,12 @@ import torch
 from ranks import Ranks
 from torch import Tensor
 
-from iic_dist import checkpoint, stuck
-from iic_dist.build import load_data
-from iic_dist.command_line import parse
+from iic_dist.training import checkpoint, stuck
+from iic_dist.config.build import load_data
+from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
-from iic_dist.stuck import MARGIN, NOISE
-from iic_dist.trainer import Trainer
+from iic_dist.training.stuck import MARGIN, NOISE
+from iic_dist.training.trainer import Trainer
 
 K = 4
 LIMIT = MARGIN * math.log(K)

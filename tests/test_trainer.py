@@ -11,14 +11,14 @@ from ranks import Ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iic_dist import checkpoint
-from iic_dist.build import RunData, load_data
-from iic_dist.command_line import PRESETS, parse
+from iic_dist.training import checkpoint
+from iic_dist.config.build import RunData, load_data
+from iic_dist.config.command_line import PRESETS, parse
 from iic_dist.config import Config
-from iic_dist.data import ImageSet
+from iic_dist.data.image_set import ImageSet
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.trainer import Trainer
+from iic_dist.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 QUIET = ["--monitor.progress", "false", "--train.evaluate_every", "0"]

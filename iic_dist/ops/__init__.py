@@ -1,1 +1,1 @@
-"""The native ops and their PyTorch twins: one op, one file, no collectives."""
+"""Tensor functions without ranks, settings or files: the native ops with their PyTorch twins, random numbers, exact functions."""

@@ -12,12 +12,12 @@ from PIL import Image
 from ranks import Ranks
 
 from iic_dist import distributed
-from iic_dist.build import load_data
-from iic_dist.command_line import parse
-from iic_dist.data import HostImages
+from iic_dist.config.build import load_data
+from iic_dist.config.command_line import parse
+from iic_dist.data.host import HostImages
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.trainer import Trainer
+from iic_dist.training.trainer import Trainer
 
 QUIET = ["--monitor.progress", "false", "--train.evaluate_every", "0", "--train.epochs", "2", "--model.sub_heads", "2"]
 LEVELS = {"device": ["--data.device_budget_gib", "1"], "host": ["--data.device_budget_gib", "0"]}

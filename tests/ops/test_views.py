@@ -1,4 +1,4 @@
-"""The native op that makes views against its twin in PyTorch, `iic_dist.augment.apply`, in float64."""
+"""The native op that makes views against its twin in PyTorch, `iic_dist.views.views.apply`, in float64."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from view_cases import EVERYTHING, GRAY, allowed, arguments, make, smooth
 
-from iic_dist.ops import views as native
-from iic_dist.view_spec import ViewSpec
+from iic_dist.ops import augment as native
+from iic_dist.views.spec import ViewSpec
 
 pytestmark = pytest.mark.skipif("cpu" not in native.DEVICES, reason="the extension has no kernels of views")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from view_cases import EVERYTHING, GRAY, allowed, arguments, make, smooth
 
-from iic_dist.ops import views as native
+from iic_dist.ops import augment as native
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,10 +1,10 @@
 """Views: which random pictures are made of an image, on the device that holds it.
 
-`Views` draws the parameters of a training step's views (`iic_dist.view_spec`) and makes the pictures, by the native op
-(`iic_dist.ops.views`) or by `apply` in PyTorch; `policy` knows published settings by name.
+`Views` draws the parameters of a training step's views (`iic_dist.views.spec`) and makes the pictures, by the native op
+(`iic_dist.ops.augment`) or by `apply` in PyTorch; `policy` knows published settings by name.
 
 A view is a pure function of (seed, epoch, index of the image, number of the view), drawn with
-`iic_dist.philox`: the batch it is made in and the rank that makes it do not matter.
+`iic_dist.ops.philox`: the batch it is made in and the rank that makes it do not matter.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from iic_dist.errors import UsageError
-from iic_dist.ops import augment as ops
-from iic_dist.ops import views as native
-from iic_dist.philox import uniforms
-from iic_dist.view_spec import NUM_UNIFORMS, STRENGTHS, ViewParameters, ViewSpec, sample
+from iic_dist.ops import images as ops
+from iic_dist.ops import augment as native
+from iic_dist.ops.philox import uniforms
+from iic_dist.views.spec import NUM_UNIFORMS, STRENGTHS, ViewParameters, ViewSpec, sample
 
 # Pixels times channels that a CPU works on at a time: 1 MB an array. Measured best of 2^15 to 2^24 at 32
 # pixels, 1.7 times as fast as the whole batch at once, and within 10 % of the best at 96.

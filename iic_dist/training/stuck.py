@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iic_dist import distributed
 from iic_dist.models import SubHeads
-from iic_dist.philox import uniforms
+from iic_dist.ops.philox import uniforms
 
 MARGIN = 0.02
 """A sub-head is stuck where its loss is more than this times ln K above the lowest one of its head."""

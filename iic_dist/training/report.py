@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iic_dist import figures
-from iic_dist.augment import Views
-from iic_dist.data import ImageSet
-from iic_dist.health import Health, Recommendation
+from iic_dist.evaluation import charts
+from iic_dist.views.views import Views
+from iic_dist.data.image_set import ImageSet
+from iic_dist.evaluation.health import Health, Recommendation
 from iic_dist.losses import IICTerms
-from iic_dist.monitor import Monitor
-from iic_dist.selection import used_clusters
+from iic_dist.training.monitor import Monitor
+from iic_dist.evaluation.sub_heads import used_clusters
 
 PROJECTED = 1000
 """Images in TensorBoard's projector."""
@@ -77,7 +77,7 @@ def result_lines(result: Mapping[str, Any], recommendation: Recommendation) -> l
 def show_choices(monitor: Monitor, step: int, recommendation: Recommendation) -> None:
     """Show how the clustering heads of several K compare; nothing where there is one."""
     if monitor.enabled and len(recommendation.choices) > 1:
-        monitor.figure("clusters/choices", figures.choices(recommendation), step)
+        monitor.figure("clusters/choices", charts.choices(recommendation), step)
 
 
 def show_views(monitor: Monitor, step: int, views: Views, images: Tensor, device: torch.device) -> None:
@@ -92,7 +92,7 @@ def show_views(monitor: Monitor, step: int, views: Views, images: Tensor, device
     made = views.training(images.to(device), indices, indices, epoch=0).cpu()
     first, second = made[: len(images)], made[len(images) :]
     spec = views.first
-    picture = figures.view_pairs(first, second, images, mean=spec.mean or None, std=spec.std or None)
+    picture = charts.view_pairs(first, second, images, mean=spec.mean or None, std=spec.std or None)
     monitor.image("views/original_first_second", picture, step)
 
 
@@ -116,10 +116,10 @@ def show_clusters(
     if not monitor.enabled:
         return
     for tag, doubtful in (("most_confident", False), ("most_doubtful", True)):
-        picture = figures.cluster_mosaic(evaluated.images, clusters, confidence, k, doubtful=doubtful)
+        picture = charts.cluster_mosaic(evaluated.images, clusters, confidence, k, doubtful=doubtful)
         monitor.image(f"clusters/{tag}", picture, step)
     if counts is not None:
-        monitor.figure("clusters/confusion", figures.confusion(counts, evaluated.class_names), step)
+        monitor.figure("clusters/confusion", charts.confusion(counts, evaluated.class_names), step)
 
 
 def projector_sample(count: int) -> Tensor:

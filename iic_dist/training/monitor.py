@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from iic_dist.figures import render
+from iic_dist.evaluation.charts import render
 from iic_dist.files import write_whole
 
 if TYPE_CHECKING:

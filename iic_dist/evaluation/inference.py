@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from iic_dist import distributed
-from iic_dist.augment import Views
-from iic_dist.data import ImageSource
+from iic_dist.views.views import Views
+from iic_dist.data.source import ImageSource
 from iic_dist.models import ClusterNet
 
 

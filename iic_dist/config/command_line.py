@@ -16,7 +16,7 @@ import jsonargparse
 from iic_dist.config import HEADS, Config
 from iic_dist.errors import UsageError
 
-PRESETS = Path(__file__).parent / "configs"
+PRESETS = Path(__file__).parent / "presets"
 _GROUPS = tuple(group.name for group in dataclasses.fields(Config))
 
 

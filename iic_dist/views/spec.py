@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iic_dist.errors import UsageError
-from iic_dist.exact import cos_sin, power
+from iic_dist.ops.exact import cos_sin, power
 
 # Which uniform number decides what: fixed, so that switching one thing off leaves the others as they were.
 _SIZE, _RATIO, _TOP, _LEFT, _CENTRE, _FLIP = range(6)
@@ -160,7 +160,7 @@ class ViewSpec:
 class ViewParameters:
     """What was drawn for each image of a batch; None where the spec leaves a step out.
 
-    Real numbers are float32, and the same bits on every device: see `iic_dist.exact`.
+    Real numbers are float32, and the same bits on every device: see `iic_dist.ops.exact`.
 
     Attributes:
         affine: (B, 6) the map from pixels of the result to pixels of the image, both from their centres:

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iic_dist.clusterer import Prediction
+from iic_dist.prediction.clusterer import Prediction
 from iic_dist.data.decode import decode_image, header_size
 from iic_dist.files import write_whole
-from iic_dist.folder_prediction import FolderPrediction
+from iic_dist.prediction.folder import FolderPrediction
 
 THUMBNAIL = 96
 """Side of the images on the page, pixels; one of a smaller image has its own size."""
@@ -95,7 +95,7 @@ def page(found: FolderPrediction, agreement: Tensor, num_clusters: int) -> str:
                 [_picture(found, i) for i in doubtful],
             )
         )
-    loader = jinja2.PackageLoader("iic_dist")
+    loader = jinja2.PackageLoader("iic_dist.prediction")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.get_template("gallery.html").render(
         folder=_text(str(found.root)),

@@ -13,11 +13,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from iic_dist import checkpoint, distributed, metrics
-from iic_dist.build import build_model, build_views
-from iic_dist.command_line import parse
+from iic_dist import distributed
+from iic_dist.evaluation import metrics
+from iic_dist.training import checkpoint
+from iic_dist.config.build import build_model, build_views
+from iic_dist.config.command_line import parse
 from iic_dist.config import Config
-from iic_dist.data import ImageSet
+from iic_dist.data.image_set import ImageSet
 from iic_dist.data.decode import decode_image, square
 from iic_dist.data.image_set import to_channels
 from iic_dist.distributed import Place
@@ -51,7 +53,7 @@ class Prediction:
         return len(self.clusters)
 
     def agreement(self) -> Tensor:
-        """Return which share of the other sub-heads agrees, (M,) float32; see `iic_dist.metrics.agreement`."""
+        """Return which share of the other sub-heads agrees, (M,) float32; see `iic_dist.evaluation.metrics.agreement`."""
         return metrics.agreement(self.sub_heads, self.selected, self.probabilities.shape[1])
 
     def columns(self) -> dict[str, Tensor]:

@@ -12,14 +12,16 @@ from pathlib import Path
 import torch
 
 from iic_dist import distributed
-from iic_dist.augment import Views, policy
+from iic_dist.views.views import Views, policy
 from iic_dist.config import Config
-from iic_dist.data import ImageSet, Sampler, load_image_set
+from iic_dist.data.image_set import ImageSet
+from iic_dist.data.load import load_image_set
+from iic_dist.data.sampler import Sampler
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.models import ClusterNet, ProjectionHead, SubHeads, build_backbone
-from iic_dist.objective import Objective, read_sizes
-from iic_dist.schedule import Schedule
+from iic_dist.losses.objective import Objective, read_sizes
+from iic_dist.training.schedule import Schedule
 
 
 @dataclass

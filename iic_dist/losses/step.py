@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from iic_dist.losses import IICTerms, iic_loss, start_nt_xent_loss
-from iic_dist.objective import Objective
+from iic_dist.losses.objective import Objective
 
 Terms = dict[str, IICTerms | Tensor]
 """Of each head that took part in a step: its IIC terms, or its contrastive loss; on the device, no gradient."""

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from iic_dist import checkpoint, distributed
+from iic_dist import distributed
+from iic_dist.training import checkpoint
 from iic_dist.errors import RunError
 from iic_dist.files import write_whole
 

@@ -14,25 +14,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from iic_dist import report, restart
-from iic_dist.build import RunData, build_model, build_objectives, build_schedule, build_views, complete
+from iic_dist.training import report, resume
+from iic_dist.config.build import RunData, build_model, build_objectives, build_schedule, build_views, complete
 from iic_dist.config import Config
-from iic_dist.data import Batch, place_images
+from iic_dist.data.sampler import Batch
+from iic_dist.data.source import place_images
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.evaluation import Evaluation, Evaluator
+from iic_dist.evaluation.evaluator import Evaluation, Evaluator
 from iic_dist.files import write_whole
-from iic_dist.guard import Poll, StepGuard
-from iic_dist.health import Recommendation, recommend
+from iic_dist.training.guard import Poll, StepGuard
+from iic_dist.evaluation.health import Recommendation, recommend
 from iic_dist.losses import IICTerms
 from iic_dist.models import SubHeads, distribute, on_device
-from iic_dist.monitor import Monitor
-from iic_dist.optim import build_optimizer, learning_rate
-from iic_dist.schedule import Pass, kind
-from iic_dist.selection import SubHeadRecord
-from iic_dist.step_losses import StepLosses, Terms
-from iic_dist.stop import Stopping, StopSignals
-from iic_dist.stuck import StuckSubHeads
+from iic_dist.training.monitor import Monitor
+from iic_dist.training.optim import build_optimizer, learning_rate
+from iic_dist.training.schedule import Pass, kind
+from iic_dist.evaluation.sub_heads import SubHeadRecord
+from iic_dist.losses.step import StepLosses, Terms
+from iic_dist.training.stop import StopSignals, Stopping
+from iic_dist.training.stuck import StuckSubHeads
 
 _logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Trainer:
             try:
                 result = self._train_epochs(folder, monitor, bar)
             except Stopping:
-                restart.leave_for_later(folder, self.state_dict(), self.stop.received)
+                resume.leave_for_later(folder, self.state_dict(), self.stop.received)
                 return None
         if self.place.is_main:
             write_whole(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -154,7 +155,7 @@ class Trainer:
                 result = self._evaluate_and_show(monitor, bar)
             self.epoch = done
             if done == train.epochs or done % train.checkpoint_every == 0:
-                save = restart.save_last if done == train.epochs else restart.save
+                save = resume.save_last if done == train.epochs else resume.save
                 save(folder, self.state_dict(), self.sub_heads.lowest_loss(self.config.clustering_heads))
         return result or self.evaluate()
 
@@ -181,7 +182,7 @@ class Trainer:
                 if every and self.step % every == 0:
                     self.guard.heed(leave=0)
                     self._lap()
-                    restart.save(folder, self.state_dict())
+                    resume.save(folder, self.state_dict())
             self.guard.heed(leave=0)
         finally:
             self._lap()
@@ -342,7 +343,7 @@ class Trainer:
 
         Collective: all ranks must call; rank 0 reads for all.
         """
-        state = restart.load(folder, best=best)
+        state = resume.load(folder, best=best)
         if state is None:
             return False
         try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iic_dist import distributed
 from iic_dist.errors import RunError
-from iic_dist.stop import Stopping
+from iic_dist.training.stop import Stopping
 
 
 class Verdict(NamedTuple):

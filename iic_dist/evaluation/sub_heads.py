@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iic_dist.objective import Objective
+from iic_dist.losses.objective import Objective
 from iic_dist.ops.iic import iic_information, towards_prior
 
 USED = 0.1

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iic_dist import distributed, inference, metrics, report
-from iic_dist.augment import Views
-from iic_dist.data import ImageSet, ImageSource
-from iic_dist.health import Health, agreement
+from iic_dist import distributed
+from iic_dist.evaluation import inference, metrics
+from iic_dist.training import report
+from iic_dist.views.views import Views
+from iic_dist.data.image_set import ImageSet
+from iic_dist.data.source import ImageSource
+from iic_dist.evaluation.health import Health, agreement
 from iic_dist.models import ClusterNet
-from iic_dist.monitor import Monitor
-from iic_dist.selection import SubHeadRecord, used_clusters
+from iic_dist.training.monitor import Monitor
+from iic_dist.evaluation.sub_heads import SubHeadRecord, used_clusters
 
 
 @dataclass(frozen=True)

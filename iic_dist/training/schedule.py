@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from iic_dist.data import Batch, Sampler
+from iic_dist.data.sampler import Batch, Sampler
 
 
 def kind(head: str) -> str:

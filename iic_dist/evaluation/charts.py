@@ -15,13 +15,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from iic_dist.metrics import accuracy, match_clusters
+from iic_dist.evaluation.metrics import accuracy, match_clusters
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from iic_dist.health import Recommendation
+    from iic_dist.evaluation.health import Recommendation
 
 _BACKGROUND = (236, 236, 236)  # not the white of a Sobel map's zero
 _INK = (40, 40, 40)

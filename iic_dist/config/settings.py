@@ -1,4 +1,4 @@
-"""Everything that can be set about a run, typed and documented; `iic_dist.command_line` reads it."""
+"""Everything that can be set about a run, typed and documented; `iic_dist.config.command_line` reads it."""
 
 from __future__ import annotations
 
