@@ -23,10 +23,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from iic_dist.views.views import Views
 from iic_dist.ops import augment as native
 from iic_dist.ops.philox import uniforms
-from iic_dist.views.spec import NUM_UNIFORMS, ViewSpec, sample
+from iic_dist.views.draw import NUM_UNIFORMS, sample
+from iic_dist.views.spec import ViewSpec
+from iic_dist.views.views import Views
 
 SHAPES = [(32, 32), (64, 64), (96, 64)]
 """Side of the images and of the views, pixels."""

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from iic_dist.data.device import DeviceImages
 from iic_dist.data.host import HostImages
+from iic_dist.data.listing import list_images
 from iic_dist.data.load import load_image_set
 from iic_dist.data.source import ImageSource
-from iic_dist.data.listing import list_images
 
 LISTED = 100_000
 PHOTO_SIDE, IMAGE_SIZE = 400, 96

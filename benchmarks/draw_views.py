@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 
 from iic_dist.evaluation import charts
-from iic_dist.views.views import policy
+from iic_dist.views.policies import policy
 
 REPEATS = 5
 

@@ -107,6 +107,17 @@ def why_it_failed(error: RuntimeError) -> str | None:
     return None
 
 
+def use_threads(threads: int | None, place: Place) -> None:
+    """Share the machine's cores among its ranks; torchrun by itself leaves one thread to each.
+
+    Args:
+        threads: Of this rank; None for its share of the cores.
+        place: This rank.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // place.local_world_size))
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

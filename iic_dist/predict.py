@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 
 from iic_dist import distributed
-from iic_dist.prediction import clusterer, gallery, outputs
+from iic_dist.config.console import errors_in_one_line, log_to_console, run_option
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.prediction import clusterer, gallery, outputs
 from iic_dist.prediction.folder import FolderPrediction, predict_folder
-from iic_dist.train import fail, use_threads
 
 _NAMED = 10  # unreadable files that are printed
 
@@ -27,13 +26,7 @@ def _options() -> argparse.Namespace:
         "output. No label and none of the images that the run was trained on is needed. Ask for at least one of "
         "--output, --link-to, --embeddings and --gallery.",
     )
-    parser.add_argument(
-        *("--run", "--folder"),
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder of the run, runs/NAME; under torchrun, which takes --run for its own --run-path, say --folder",
-    )
+    run_option(parser)
     parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="the image folder, in any nesting")
     parser.add_argument(
         "--output",
@@ -87,7 +80,7 @@ def predict(options: argparse.Namespace, place: Place) -> None:
     """
     _check(options)
     run = clusterer.load(options.run, options.device)
-    use_threads(run.config, place)
+    distributed.use_threads(run.config.run.threads, place)
     distributed.start(place, run.device, run.config.run.timeout_minutes)
     found = predict_folder(run, options.images, progress=place.is_main and not options.no_progress)
     if not place.is_main:
@@ -140,15 +133,11 @@ def _summary(found: FolderPrediction, agreement: Tensor, num_clusters: int) -> I
 
 
 def main() -> None:
-    """Predict, and turn a caller's mistake into one line and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    """Predict and write."""
+    log_to_console()
     options, place = _options(), Place.from_environment()
-    try:
+    with errors_in_one_line(place, system_error=2):
         predict(options, place)
-    except (UsageError, OSError) as error:
-        fail(place, error, 2)
-    finally:
-        distributed.stop()
 
 
 if __name__ == "__main__":

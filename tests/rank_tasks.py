@@ -13,14 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iic_dist import distributed
-from iic_dist.training import resume
 from iic_dist.config.build import load_data
-from iic_dist.prediction.clusterer import load
 from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
-from iic_dist.prediction.folder import FolderPrediction, predict_folder
 from iic_dist.losses import iic_loss, nt_xent_loss, start_nt_xent_loss
 from iic_dist.models import SubHeads
+from iic_dist.prediction.clusterer import load
+from iic_dist.prediction.folder import FolderPrediction, predict_folder
+from iic_dist.training import resume
 from iic_dist.training.stuck import StuckSubHeads
 from iic_dist.training.trainer import Trainer
 

@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 from iic_dist.config import folder
 from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
-from iic_dist.training.stop import StopSignals
 from iic_dist.train import train
+from iic_dist.training.stop import StopSignals
 
 ODD_NAMES = (
     b'comma, "quote" and space.png',

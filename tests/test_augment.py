@@ -14,11 +14,13 @@ from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iic_dist.views.views import Views, policy
 from iic_dist.errors import UsageError
 from iic_dist.ops import augment as native
 from iic_dist.ops.philox import uniforms
-from iic_dist.views.spec import ViewSpec, sample
+from iic_dist.views.draw import sample
+from iic_dist.views.policies import policy
+from iic_dist.views.spec import ViewSpec
+from iic_dist.views.views import Views
 
 EVERYTHING = ViewSpec(
     size=12,

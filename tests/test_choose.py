@@ -14,8 +14,9 @@ from PIL import Image
 from ranks import Ranks
 
 from iic_dist import choose, train
-from iic_dist.config.build import build_model, complete, load_data
+from iic_dist.config.build import build_model, load_data
 from iic_dist.config.command_line import parse
+from iic_dist.config.complete import complete
 from iic_dist.distributed import Place
 
 SMALL = [

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import iic_dist
 from iic_dist.config.build import load_data
-from iic_dist.prediction.clusterer import Prediction
 from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.prediction.clusterer import Prediction
 from iic_dist.training.trainer import Trainer
 
 

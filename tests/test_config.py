@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from iic_dist.config.command_line import PRESETS, parse
 from iic_dist.config import Config
+from iic_dist.config.command_line import PRESETS, parse
 from iic_dist.errors import UsageError
 
 

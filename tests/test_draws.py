@@ -18,10 +18,11 @@ from test_augment import EVERYTHING, POLICIES, build
 from torch import Tensor
 
 from iic_dist.data.sampler import Sampler
-from iic_dist.ops.exact import cos_sin, power
 from iic_dist.ops import augment as native
+from iic_dist.ops.exact import cos_sin, power
 from iic_dist.ops.philox import uniforms
-from iic_dist.views.spec import ViewSpec, sample
+from iic_dist.views.draw import sample
+from iic_dist.views.spec import ViewSpec
 
 SPECS = [EVERYTHING, replace(EVERYTHING, crop_area=None, crop_sides=(9, 13), centre_probability=0.3), ViewSpec(size=9)]
 SPECS += [replace(EVERYTHING, crop_area=(0.01, 0.3), crop_ratio=(0.2, 7.0), rotation=180.0, shear=60.0)]

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from iic_dist import export, load
-from iic_dist.views.views import policy
-from iic_dist.export import EvaluationView
+from iic_dist.prediction.export import EvaluationView
+from iic_dist.views.policies import policy
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from iic_dist.evaluation.charts import choices, cluster_mosaic, confusion, render, view_pairs
+from iic_dist.evaluation.charts import choices, confusion, render
 from iic_dist.evaluation.health import Health, recommend
+from iic_dist.evaluation.mosaics import cluster_mosaic, view_pairs
 
 
 def _coloured(count: int, size: int = 8, red: int = 255) -> torch.Tensor:

@@ -13,13 +13,13 @@ import yaml
 from PIL import Image
 from small_runs import train_on, write_colours, write_digits
 
-from iic_dist.config import folder
+from iic_dist.config import Config, folder
 from iic_dist.config.build import load_data
 from iic_dist.config.command_line import parse
-from iic_dist.config import Config
+from iic_dist.config.folder import settings
+from iic_dist.data.survey import Survey, survey
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.config.folder import Survey, settings, survey
 
 
 def asked(*arguments: str) -> tuple[Config, str]:
@@ -162,7 +162,7 @@ def test_gray_channels_are_pillows(tmp_path: Path) -> None:
 
 
 def test_a_named_set_has_its_own_size() -> None:
-    from iic_dist.config.build import complete
+    from iic_dist.config.complete import complete
 
     config = parse(["--data.image_size", "64"])
     with pytest.raises(UsageError, match=r"data.image_size=64: the images of 'digits' have their own, 8"):

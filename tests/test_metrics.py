@@ -11,7 +11,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
 
-from iic_dist.evaluation.metrics import accuracy, agreement, ari, count_matrix, match_clusters, nmi, pair_counts, sub_head_agreement
+from iic_dist.evaluation.metrics import (
+    accuracy,
+    agreement,
+    ari,
+    count_matrix,
+    match_clusters,
+    nmi,
+    pair_counts,
+    sub_head_agreement,
+)
 
 SHAPES = [(2, 2), (4, 4), (6, 6), (6, 3), (3, 6), (5, 1), (1, 5)]
 

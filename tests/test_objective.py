@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from iic_dist.config.complete import read_sizes
 from iic_dist.errors import UsageError
-from iic_dist.losses.objective import read_sizes
 
 
 def test_sizes_are_read_one_a_line(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from ranks import Ranks
 from small_runs import ODD_NAMES, write_odd_names
 
 from iic_dist import load, predict
-from iic_dist.prediction import outputs
 from iic_dist.errors import UsageError
+from iic_dist.prediction import outputs
 from iic_dist.prediction.folder import predict_folder
 from iic_dist.prediction.outputs import Row
 

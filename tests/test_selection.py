@@ -6,9 +6,9 @@ import published
 import pytest
 import torch
 
+from iic_dist.evaluation.sub_heads import SubHeadRecord, used_clusters
 from iic_dist.losses import iic_loss
 from iic_dist.losses.objective import Objective
-from iic_dist.evaluation.sub_heads import SubHeadRecord, used_clusters
 
 NO, YES = torch.tensor(False), torch.tensor(True)
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ import torch
 from ranks import Ranks
 from torch import Tensor
 
-from iic_dist.training import checkpoint, stuck
 from iic_dist.config.build import load_data
 from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
+from iic_dist.training import checkpoint, stuck
 from iic_dist.training.stuck import MARGIN, NOISE
 from iic_dist.training.trainer import Trainer
 

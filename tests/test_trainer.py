@@ -11,13 +11,13 @@ from ranks import Ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iic_dist.training import checkpoint
+from iic_dist.config import Config
 from iic_dist.config.build import RunData, load_data
 from iic_dist.config.command_line import PRESETS, parse
-from iic_dist.config import Config
 from iic_dist.data.image_set import ImageSet
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.training import checkpoint
 from iic_dist.training.trainer import Trainer
 
 CPU = torch.device("cpu")

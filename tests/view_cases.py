@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iic_dist.views.views import Views
 from iic_dist.views.spec import ViewSpec
+from iic_dist.views.views import Views
 
 TOLERANCE = 1e-5
 """In pixels of [0, 1]; normalising and Sobel multiply it."""

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from iic_dist import distributed
-from iic_dist.views.views import Views, policy
 from iic_dist.config import Config
 from iic_dist.data.image_set import ImageSet
 from iic_dist.data.load import load_image_set
-from iic_dist.data.sampler import Sampler
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.losses.objective import Objective
 from iic_dist.models import ClusterNet, ProjectionHead, SubHeads, build_backbone
-from iic_dist.losses.objective import Objective, read_sizes
-from iic_dist.training.schedule import Schedule
+from iic_dist.views.policies import policy
+from iic_dist.views.views import Views
 
 
 @dataclass
@@ -81,51 +76,6 @@ def load_data(config: Config, place: Place) -> RunData:
             f"{train.name} holds other images for rank {other} than for rank 0: give all machines the same"
         )
     return RunData(train, evaluation, unlabelled, unreadable)
-
-
-def complete(config: Config, train: ImageSet) -> Config:
-    """Return a copy of `config` in which nothing is left to be chosen from the images.
-
-    What it says of the images is enough to build the network and its input again without them.
-
-    Raises:
-        UsageError: the number of clusters is not given and the images have no classes to count, or the images have
-            another size or other channels than the config says.
-    """
-    config = copy.deepcopy(config)
-    if config.model.num_clusters is None:
-        if train.num_classes < 2:
-            raise UsageError(
-                f"{train.name} has no classes to count: say how many clusters you want with --model.num_clusters"
-            )
-        config.model.num_clusters = train.num_classes
-    if isinstance(config.loss.prior, str) and config.loss.prior not in ("uniform", "free"):
-        config.loss.prior = read_sizes(config.loss.prior)
-    _check_prior(config)
-    channels, image_size = train.images.shape[1], train.images.shape[-1]
-    for name, asked, there in (
-        ("image_size", config.data.image_size, image_size),
-        ("channels", config.data.channels, channels),
-    ):
-        if asked not in (None, there):
-            raise UsageError(f"data.{name}={asked}: the images of {train.name!r} have their own, {there}: leave it out")
-    config.data.image_size, config.data.channels = image_size, 1 if channels == 1 else 3
-    views = build_views(config)
-    config.views.size = views.size
-    if config.views.mean is None and config.views.std is None and views.channels(channels) == channels:
-        # A sample of 10,000 images fixes both to three digits; the mean over all would hold a float copy of them.
-        pixels = train.images[:: max(1, len(train.images) // 10_000)].float() / 255
-        config.views.mean = [round(value, 4) for value in pixels.mean((0, 2, 3)).tolist()]
-        config.views.std = [round(max(value, 1e-3), 4) for value in pixels.std((0, 2, 3)).tolist()]
-    return config
-
-
-def _check_prior(config: Config) -> None:
-    prior, k = config.loss.prior, config.model.num_clusters
-    if isinstance(prior, list) and len(prior) != k:
-        raise UsageError(f"loss.prior has {len(prior)} sizes for model.num_clusters={k}: give one for each cluster")
-    if isinstance(prior, list) and math.isinf(sum(prior)):
-        raise UsageError(f"loss.prior with {max(prior)!r}: the sum of the sizes is too large for a number")
 
 
 def build_objectives(config: Config, device: torch.device) -> dict[str, Objective]:
@@ -200,66 +150,3 @@ def build_model(config: Config, in_channels: int, image_size: int, fetch_weights
                 features, model.projection_dim, model.projection_hidden, norm=model.norm
             )
     return ClusterNet(backbone, heads, freeze_backbone=model.freeze_backbone)
-
-
-def build_schedule(config: Config, place: Place, num_labelled: int, num_images: int) -> Schedule:
-    """Lay out the passes of every epoch.
-
-    Args:
-        config: What is asked for.
-        place: This rank, which gets its share of each batch.
-        num_labelled: Images that all heads train on, the first ones.
-        num_images: These and the unlabelled ones.
-
-    Raises:
-        UsageError: the batch size does not fit the images or the ranks.
-    """
-    samplers = [
-        Sampler(size, config.data.batch_size, config.run.seed, place.rank, place.world_size)
-        for size in dict.fromkeys((num_labelled, num_images))
-    ]
-    return Schedule(
-        config.heads,
-        samplers[0],
-        samplers[-1],
-        alternate=config.train.schedule == "alternate",
-        order=config.train.order,
-        contrastive_warmup_epochs=config.train.contrastive_warmup_epochs,
-        views=1 + config.views.repeats,
-    )
-
-
-def run_folder(config: Config) -> Path:
-    """Choose the folder of the run: its name, or the data set's name and the next free number.
-
-    A restart by torchrun goes on in the newest folder of that name instead of opening another.
-
-    Raises:
-        UsageError: the name is not a plain file name.
-
-    Collective: all ranks must call; rank 0's answer counts.
-    """
-    root = Path(config.run.root)
-    name = config.run.name
-    if name is not None and (not re.fullmatch(r"[A-Za-z0-9._-]+", name) or set(name) == {"."}):
-        raise UsageError(f"run.name={name!r}: use letters, digits, '.', '_' and '-' alone")
-    if name is None and distributed.rank() == 0:
-        folder = config.data.name.removeprefix("folder:").rstrip("/").rsplit("/", 1)[-1]
-        stem = re.sub(r"[^A-Za-z0-9]+", "-", folder).strip("-") or "run"
-        name = _numbered(root, stem, reuse=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
-    return root / str(distributed.broadcast(name))
-
-
-def _numbered(root: Path, stem: str, reuse: bool) -> str:
-    """Open the folder STEM-N of the next free number N, or name the newest one where that is to be gone on with."""
-    taken = [path.name.removeprefix(f"{stem}-") for path in root.glob(f"{stem}-*")]
-    newest = max((int(number) for number in taken if number.isdecimal()), default=0)
-    if reuse and newest:
-        return f"{stem}-{newest}"
-    while True:  # another run may take the number first
-        newest += 1
-        try:
-            (root / f"{stem}-{newest}").mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return f"{stem}-{newest}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from typing import Any, NoReturn
 
 import jsonargparse
 
-from iic_dist.config import HEADS, Config
+from iic_dist.config import Config
+from iic_dist.config.check import check
 from iic_dist.errors import UsageError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -139,90 +139,3 @@ def _config(parser: _Parser, arguments: list[str]) -> Config:
     config = Config(**{group.name: getattr(groups, group.name) for group in dataclasses.fields(Config)})
     check(config)
     return config
-
-
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise UsageError(f"{name}={value!r}: must be {rule}")
-
-
-def check(config: Config) -> None:
-    """Raise a UsageError for the first value that no run could work with."""
-    for group, defaults in dataclasses.asdict(Config()).items():
-        for name, default in defaults.items():  # a file may say null where the parser lets it pass
-            value = getattr(getattr(config, group), name)
-            _require(value is not None or default is None, f"{group}.{name}", value, "given")
-    positive = {
-        "data": ("batch_size",),
-        "views": ("repeats",),
-        "model": ("sub_heads",),
-        "loss": ("entropy_weight", "temperature"),
-        "optim": ("lr",),
-        "train": ("epochs", "evaluate_batch_size", "checkpoint_every"),
-        "run": ("timeout_minutes",),
-        "monitor": ("log_every",),
-    }
-    not_negative = {
-        "data": ("device_budget_gib",),
-        "model": ("num_overclusters", "projection_dim"),
-        "loss": ("clustering", "overclustering", "contrastive"),
-        "optim": ("warmup_epochs", "weight_decay", "clip_norm", "momentum"),
-        "train": (
-            *("contrastive_warmup_epochs", "evaluate_every", "restart_after"),
-            *("checkpoint_every_steps", "max_skipped_steps"),
-        ),
-        "monitor": ("pictures_every",),
-    }
-    for names, lowest, rule in ((positive, 0, "above 0"), (not_negative, -1, "0 or more")):
-        for group, fields in names.items():
-            for name in fields:
-                value = getattr(getattr(config, group), name)
-                above = value > 0 if lowest == 0 else value >= 0
-                _require(math.isfinite(value) and above, f"{group}.{name}", value, rule)
-    workers = config.data.workers
-    _require(workers is None or workers >= 0, "data.workers", workers, "0 or more")
-    std = config.model.head_init_std
-    _require(std is None or 0 < std < math.inf, "model.head_init_std", std, "above 0")
-    _require(0 <= config.run.seed < 2**63, "run.seed", config.run.seed, "from 0 to 2^63 - 1")
-    _check_heads(config)
-
-
-def _check_heads(config: Config) -> None:
-    model, train = config.model, config.train
-    clusters, over = model.num_clusters, model.num_overclusters
-    if isinstance(clusters, list):
-        _check_several(config, clusters)
-    else:
-        _require(clusters is None or clusters >= 2, "model.num_clusters", clusters, "2 or more")
-    _require(over == 0 or over >= 2, "model.num_overclusters", over, "2 or more")
-    unknown = [head for head in train.order if head not in HEADS]
-    _require(not unknown, "train.order", train.order, f"made of {', '.join(HEADS)}")
-    if train.schedule == "alternate":
-        missing = [head for head in config.kinds if head not in train.order]
-        _require(not missing, "train.order", train.order, f"complete; the model also has {', '.join(missing)}")
-    if train.contrastive_warmup_epochs and "contrastive" not in config.kinds:
-        raise UsageError(
-            f"train.contrastive_warmup_epochs={train.contrastive_warmup_epochs}: there is no contrastive head; "
-            "set model.projection_dim, e.g. 128"
-        )
-    if isinstance(config.loss.prior, list):
-        good = bool(config.loss.prior) and all(0 < size < math.inf for size in config.loss.prior)
-        _require(good, "loss.prior", config.loss.prior, "uniform, free, a file of sizes, or sizes above 0")
-    if config.data.unlabelled and len(config.kinds) == 1:
-        raise UsageError(
-            "data.unlabelled=true: only the overclustering and contrastive heads use unlabelled images; "
-            "set model.num_overclusters or model.projection_dim"
-        )
-
-
-def _check_several(config: Config, clusters: list[int]) -> None:
-    good = len(clusters) >= 2 and min(clusters) >= 2 and len(set(clusters)) == len(clusters)
-    _require(good, "model.num_clusters", clusters, "one number, or several different ones of 2 or more")
-    sub_heads, prior = config.model.sub_heads, config.loss.prior
-    if sub_heads < 3:
-        raise UsageError(
-            f"model.sub_heads={sub_heads}: to choose among several model.num_clusters, the agreement of at least 3 is "
-            "compared"
-        )
-    if prior not in ("uniform", "free"):
-        raise UsageError(f"loss.prior={prior!r}: sizes are those of one number of clusters, not of {clusters}")

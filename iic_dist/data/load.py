@@ -1,31 +1,15 @@
-"""Images: the sets, their order, and their place on the device."""
+"""A named data set or a folder, as a set of images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from iic_dist.data.decode import MAX_PIXELS
-from iic_dist.data.device import DeviceImages
 from iic_dist.data.folder import load_folder
-from iic_dist.data.host import HostImages
 from iic_dist.data.image_set import ImageSet
 from iic_dist.data.listing import Unreadable
 from iic_dist.data.named import LOADERS, load_named, splits
-from iic_dist.data.sampler import Batch, Sampler
-from iic_dist.data.source import ImageSource, place_images
 from iic_dist.errors import UsageError
-
-__all__ = [
-    "DATA_NAMES",
-    "Batch",
-    "DeviceImages",
-    "HostImages",
-    "ImageSet",
-    "ImageSource",
-    "Sampler",
-    "load_image_set",
-    "place_images",
-]
 
 DATA_NAMES = tuple(LOADERS)
 

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from iic_dist import distributed
-from iic_dist.evaluation import inference, metrics
-from iic_dist.training import report
-from iic_dist.views.views import Views
 from iic_dist.data.image_set import ImageSet
 from iic_dist.data.source import ImageSource
+from iic_dist.evaluation import inference, metrics
 from iic_dist.evaluation.health import Health, agreement
-from iic_dist.models import ClusterNet
-from iic_dist.training.monitor import Monitor
 from iic_dist.evaluation.sub_heads import SubHeadRecord, used_clusters
+from iic_dist.models import ClusterNet
+from iic_dist.views.views import Views
 
 
 @dataclass(frozen=True)
@@ -135,18 +133,12 @@ class Evaluator:
             return {"accuracy": None, "nmi": None, "ari": None}
         return metrics.summarize(evaluation.counts, evaluation.selected)
 
-    def show(self, monitor: Monitor, step: int, evaluation: Evaluation, model: ClusterNet) -> None:
-        """Show what is in every cluster of the selected sub-head, and some images by their features.
+    def features(self, model: ClusterNet, sample: Tensor) -> Tensor:
+        """Return what the network sees in some of the images, (n, F) on the device.
 
-        Collective: all ranks must call; gathers an integer and a float of each image.
+        Args:
+            model: Not wrapped in DDP.
+            sample: (n,) int64, which of them.
         """
-        clusters, confidence = evaluation.assigned.gathered(evaluation.selected)
-        counts = None if evaluation.counts is None else evaluation.counts[evaluation.selected]
-        report.show_clusters(
-            monitor, step, self.evaluated, clusters, confidence, evaluation.health.num_clusters, counts
-        )
-        if monitor.enabled:
-            sample = report.projector_sample(len(self.evaluated.images))
-            resident, rows, _ = self.images.gather(sample)
-            features = inference.embed(model, self.views, resident[rows], dtype=self.dtype)
-            report.show_embedding(monitor, step, self.evaluated, sample, features, clusters)
+        resident, rows, _ = self.images.gather(sample)
+        return inference.embed(model, self.views, resident[rows], dtype=self.dtype)

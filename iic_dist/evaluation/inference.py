@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from iic_dist import distributed
-from iic_dist.views.views import Views
 from iic_dist.data.source import ImageSource
 from iic_dist.models import ClusterNet
+from iic_dist.views.views import Views
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Tensor functions without ranks, settings or files: the native ops with their PyTorch twins, random numbers, exact functions."""
+"""Tensor functions without ranks, settings or files: native ops with their twins, random numbers, exact functions."""

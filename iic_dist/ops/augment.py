@@ -1,8 +1,8 @@
 """The native op that makes views in one pass: image and parameters to the normalised view.
 
-Its twin in PyTorch is `iic_dist.views.views.apply`; the contract stands in csrc/augment.h. Sides of images and views go up
-to 32767 pixels, of views on CUDA up to 2048; what does not fit into shared memory there is kept in global memory, which
-csrc/cuda/augment_cuda.cu explains.
+Its twin in PyTorch is `iic_dist.views.apply`, which takes its parameters by name; the contract stands in
+csrc/augment.h. Sides of images and views go up to 32767 pixels, of views on CUDA up to 2048; what does not fit into
+shared memory there is kept in global memory, which csrc/cuda/augment_cuda.cu explains.
 """
 
 from __future__ import annotations

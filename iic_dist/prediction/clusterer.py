@@ -14,16 +14,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from iic_dist import distributed
-from iic_dist.evaluation import metrics
-from iic_dist.training import checkpoint
-from iic_dist.config.build import build_model, build_views
-from iic_dist.config.command_line import parse
 from iic_dist.config import Config
-from iic_dist.data.image_set import ImageSet
+from iic_dist.config.build import build_model, build_views
 from iic_dist.data.decode import decode_image, square
-from iic_dist.data.image_set import to_channels
+from iic_dist.data.image_set import ImageSet, to_channels
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.evaluation import metrics
+from iic_dist.training import checkpoint
+from iic_dist.training.run_folder import CONFIG, settings_of
 
 Picture = str | os.PathLike[str] | Image.Image
 Images = Tensor | np.ndarray | ImageSet | Picture | Sequence[Picture]
@@ -53,7 +52,7 @@ class Prediction:
         return len(self.clusters)
 
     def agreement(self) -> Tensor:
-        """Return which share of the other sub-heads agrees, (M,) float32; see `iic_dist.evaluation.metrics.agreement`."""
+        """Return which share of the other sub-heads agrees, (M,) float32: `evaluation.metrics.agreeing_share`."""
         return metrics.agreement(self.sub_heads, self.selected, self.probabilities.shape[1])
 
     def columns(self) -> dict[str, Tensor]:
@@ -193,12 +192,11 @@ def load(run: str | os.PathLike[str], device: str = "auto") -> Clusterer:
         UsageError: there is no such run, it has no checkpoint that verifies, or its config.yaml says too little.
     """
     folder = Path(run)
-    asked = folder / "config.yaml"
-    if not asked.is_file():
-        raise UsageError(f"{folder}: not a run, there is no {asked}")
-    config = parse(["--config", str(asked)])
+    config = settings_of(folder)
     if not (config.data.image_size and config.data.channels and config.model.num_clusters):
-        raise UsageError(f"{asked} lacks data.image_size, data.channels or model.num_clusters: train the run again")
+        raise UsageError(
+            f"{folder / CONFIG} lacks data.image_size, data.channels or model.num_clusters: train the run again"
+        )
     state = checkpoint.load_newest(folder / "checkpoints")
     if state is None:
         raise UsageError(f"{folder}: no checkpoint in {folder / 'checkpoints'} verifies")

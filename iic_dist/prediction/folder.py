@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iic_dist import distributed
-from iic_dist.prediction.clusterer import Clusterer, Prediction
 from iic_dist.data.decode import reason_for
 from iic_dist.data.listing import list_images
 from iic_dist.errors import UsageError
+from iic_dist.prediction.clusterer import Clusterer, Prediction
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iic_dist.prediction.clusterer import Prediction
 from iic_dist.data.decode import decode_image, header_size
 from iic_dist.files import write_whole
+from iic_dist.prediction.clusterer import Prediction
 from iic_dist.prediction.folder import FolderPrediction
 
 THUMBNAIL = 96

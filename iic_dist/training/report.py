@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iic_dist.evaluation import charts
-from iic_dist.views.views import Views
 from iic_dist.data.image_set import ImageSet
+from iic_dist.evaluation import charts, mosaics
+from iic_dist.evaluation.evaluator import Evaluation, Evaluator
 from iic_dist.evaluation.health import Health, Recommendation
-from iic_dist.losses import IICTerms
-from iic_dist.training.monitor import Monitor
 from iic_dist.evaluation.sub_heads import used_clusters
+from iic_dist.losses import IICTerms
+from iic_dist.models import ClusterNet
+from iic_dist.training.monitor import Monitor
+from iic_dist.views.views import Views
 
 PROJECTED = 1000
 """Images in TensorBoard's projector."""
@@ -43,7 +45,7 @@ def head_numbers(head: str, terms: IICTerms) -> dict[str, Tensor]:
     return numbers | {f"{head}_sub_head_loss_nats/{h}": loss for h, loss in enumerate(terms.loss)}
 
 
-def read(values: Mapping[str, Tensor]) -> dict[str, float]:
+def to_host(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Bring scalars to the host together.
 
     Sync: waits for the device once.
@@ -92,7 +94,7 @@ def show_views(monitor: Monitor, step: int, views: Views, images: Tensor, device
     made = views.training(images.to(device), indices, indices, epoch=0).cpu()
     first, second = made[: len(images)], made[len(images) :]
     spec = views.first
-    picture = charts.view_pairs(first, second, images, mean=spec.mean or None, std=spec.std or None)
+    picture = mosaics.view_pairs(first, second, images, mean=spec.mean or None, std=spec.std or None)
     monitor.image("views/original_first_second", picture, step)
 
 
@@ -116,10 +118,26 @@ def show_clusters(
     if not monitor.enabled:
         return
     for tag, doubtful in (("most_confident", False), ("most_doubtful", True)):
-        picture = charts.cluster_mosaic(evaluated.images, clusters, confidence, k, doubtful=doubtful)
+        picture = mosaics.cluster_mosaic(evaluated.images, clusters, confidence, k, doubtful=doubtful)
         monitor.image(f"clusters/{tag}", picture, step)
     if counts is not None:
         monitor.figure("clusters/confusion", charts.confusion(counts, evaluated.class_names), step)
+
+
+def show_evaluation(
+    monitor: Monitor, step: int, evaluator: Evaluator, evaluation: Evaluation, model: ClusterNet
+) -> None:
+    """Show what is in every cluster of the selected sub-head, and some images by their features.
+
+    Collective: all ranks must call; gathers an integer and a float of each image.
+    """
+    evaluated = evaluator.evaluated
+    clusters, confidence = evaluation.assigned.gathered(evaluation.selected)
+    counts = None if evaluation.counts is None else evaluation.counts[evaluation.selected]
+    show_clusters(monitor, step, evaluated, clusters, confidence, evaluation.health.num_clusters, counts)
+    if monitor.enabled:
+        sample = projector_sample(len(evaluated.images))
+        show_embedding(monitor, step, evaluated, sample, evaluator.features(model, sample), clusters)
 
 
 def projector_sample(count: int) -> Tensor:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from iic_dist import distributed
-from iic_dist.training import checkpoint
 from iic_dist.errors import RunError
 from iic_dist.files import write_whole
+from iic_dist.training import checkpoint
 
 _logger = logging.getLogger(__name__)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from iic_dist.config import Config
 from iic_dist.data.sampler import Batch, Sampler
+from iic_dist.distributed import Place
 
 
 def kind(head: str) -> str:
@@ -105,3 +107,30 @@ class Schedule:
         """
         warmup = min(epoch, self.warmup_epochs)
         return warmup * sampler.steps_per_epoch + (epoch - warmup) * pace
+
+
+def build_schedule(config: Config, place: Place, num_labelled: int, num_images: int) -> Schedule:
+    """Lay out the passes of every epoch.
+
+    Args:
+        config: What is asked for.
+        place: This rank, which gets its share of each batch.
+        num_labelled: Images that all heads train on, the first ones.
+        num_images: These and the unlabelled ones.
+
+    Raises:
+        UsageError: the batch size does not fit the images or the ranks.
+    """
+    samplers = [
+        Sampler(size, config.data.batch_size, config.run.seed, place.rank, place.world_size)
+        for size in dict.fromkeys((num_labelled, num_images))
+    ]
+    return Schedule(
+        config.heads,
+        samplers[0],
+        samplers[-1],
+        alternate=config.train.schedule == "alternate",
+        order=config.train.order,
+        contrastive_warmup_epochs=config.train.contrastive_warmup_epochs,
+        views=1 + config.views.repeats,
+    )

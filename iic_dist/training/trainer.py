@@ -14,25 +14,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from iic_dist.training import report, resume
-from iic_dist.config.build import RunData, build_model, build_objectives, build_schedule, build_views, complete
 from iic_dist.config import Config
+from iic_dist.config.build import RunData, build_model, build_objectives, build_views
+from iic_dist.config.complete import complete
 from iic_dist.data.sampler import Batch
 from iic_dist.data.source import place_images
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation.evaluator import Evaluation, Evaluator
-from iic_dist.files import write_whole
-from iic_dist.training.guard import Poll, StepGuard
 from iic_dist.evaluation.health import Recommendation, recommend
+from iic_dist.evaluation.sub_heads import SubHeadRecord
+from iic_dist.files import write_whole
 from iic_dist.losses import IICTerms
+from iic_dist.losses.step import StepLosses, Terms
 from iic_dist.models import SubHeads, distribute, on_device
+from iic_dist.training import report, resume
+from iic_dist.training.guard import Poll, StepGuard
 from iic_dist.training.monitor import Monitor
 from iic_dist.training.optim import build_optimizer, learning_rate
-from iic_dist.training.schedule import Pass, kind
-from iic_dist.evaluation.sub_heads import SubHeadRecord
-from iic_dist.losses.step import StepLosses, Terms
-from iic_dist.training.stop import StopSignals, Stopping
+from iic_dist.training.schedule import Pass, build_schedule, kind
+from iic_dist.training.stop import Stopping, StopSignals
 from iic_dist.training.stuck import StuckSubHeads
 
 _logger = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ class Trainer:
         for head, value in terms.items():
             numbers[f"loss/{head}"] = value if isinstance(value, Tensor) else value.loss.mean()
             numbers |= {} if isinstance(value, Tensor) else report.head_numbers(head, value)
-        values = report.read(numbers)
+        values = report.to_host(numbers)
         values["optim/learning_rate"] = self.learning_rate(each.heads, self.step - 1)
         values["optim/skipped_steps"] = self.guard.skipped
         values |= {f"{head}/collapsed_sub_heads": len(bad) for head, bad in self.sub_heads.collapsed.items()}
@@ -327,7 +328,7 @@ class Trainer:
                 bar.write(f"epoch {epochs}: {line}")
         every = self.config.monitor.pictures_every
         if epochs == self.config.train.epochs or (every and epochs % every == 0):
-            self.evaluator.show(monitor, self.step, evaluations[self.clustering_head], self.model)
+            report.show_evaluation(monitor, self.step, self.evaluator, evaluations[self.clustering_head], self.model)
             report.show_choices(monitor, self.step, recommendation)
         return result
 

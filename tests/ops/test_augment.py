@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TV
 from torch import Tensor
 
-from iic_dist.ops import images
-from iic_dist.views.spec import inverse_affine
+from iic_dist.ops import images as ops
+from iic_dist.views.draw import inverse_affine
 
 BATCH = 12
 SIZES = [(8, 8), (28, 24), (32, 32), (96, 64)]
@@ -59,7 +59,7 @@ def test_resized_crop_equals_torchvision(side: int, size: int, channels: int, dt
         cut = TV.resized_crop(image, *box[row].tolist(), [size, size], antialias=True)
         return TV.horizontal_flip(cut) if flip[row] else cut
 
-    assert_close(images.resized_crop(images, box.float(), size, flip), one_by_one(images, crop), dtype)
+    assert_close(ops.resized_crop(images, box.float(), size, flip), one_by_one(images, crop), dtype)
 
 
 def resample_by_hand(line: list[float], start: float, length: float, size: int) -> list[float]:
@@ -91,7 +91,7 @@ def test_resized_crop_of_fractional_boxes(side: int, size: int, dtype: torch.dty
         columns = [resample_by_hand(list(column), top, height, size) for column in zip(*lines, strict=True)]
         return torch.tensor(columns, dtype=torch.float64).T.unsqueeze(0)
 
-    assert_close(images.resized_crop(images, box, size), one_by_one(images, crop), dtype)
+    assert_close(ops.resized_crop(images, box, size), one_by_one(images, crop), dtype)
 
 
 @both_dtypes
@@ -108,7 +108,7 @@ def test_affine_equals_torchvision(channels: int, size: int, dtype: torch.dtype)
     # In float32 a coordinate of 100 pixels is off by 4e-6 pixels, times a step of up to 1 along x and y.
     tolerance = 4e-5 if dtype == torch.float32 and size == 96 else 0.0
     motion = (angle, *shear.unbind(1), *shift.unbind(1), scale)
-    moved = images.affine(images, inverse_affine(*(part.double() for part in motion)))
+    moved = ops.affine(images, inverse_affine(*(part.double() for part in motion)))
     assert_close(moved, one_by_one(images, move), dtype, tolerance)
 
 
@@ -120,7 +120,7 @@ def test_blends_equal_torchvision(name: str, channels: int, size: int, dtype: to
     factor = between(0.0, 2.0)
     factor[:2] = torch.tensor([0.0, 1.0])
     expected = one_by_one(images, lambda image, row: getattr(TV, name)(image, factor[row].item()))
-    actual = getattr(augment, name)(images, factor)
+    actual = getattr(ops, name)(images, factor)
     assert_close(actual, expected, dtype)
     assert torch.equal(actual[1], images[1])  # factor 1
 
@@ -140,7 +140,7 @@ def test_hue_equals_torchvision(size: int, dtype: torch.dtype) -> None:
     factor[:3] = torch.tensor([-0.5, 0.0, 0.5])
     factor[-2:] = torch.tensor([1 / 3, -1 / 6])
     expected = one_by_one(images, lambda image, row: TV.adjust_hue(image, factor[row].item()))
-    assert_close(images.adjust_hue(images, factor), expected, dtype, 1e-5)  # torchvision computes in float32
+    assert_close(ops.adjust_hue(images, factor), expected, dtype, 1e-5)  # torchvision computes in float32
 
 
 def test_hue_equals_colorsys_in_float64() -> None:
@@ -154,19 +154,19 @@ def test_hue_equals_colorsys_in_float64() -> None:
             turned.append(colorsys.hsv_to_rgb((hue + factor[row].item()) % 1.0, saturation, value))
         return torch.tensor(turned, dtype=torch.float64).T.reshape(image.shape)
 
-    assert_close(images.adjust_hue(images, factor), one_by_one(images, turn), torch.float64)
+    assert_close(ops.adjust_hue(images, factor), one_by_one(images, turn), torch.float64)
 
 
 @both_dtypes
 @all_shapes
 def test_grayscale_equals_torchvision(channels: int, size: int, dtype: torch.dtype) -> None:
     images = torch.rand(BATCH, channels, size, size, dtype=dtype)
-    gray = images.rgb_to_grayscale(images)
+    gray = ops.rgb_to_grayscale(images)
     assert_close(gray, one_by_one(images, lambda image, row: TV.rgb_to_grayscale(image)), dtype)
     if channels == 3:
         none, full = torch.zeros(BATCH), torch.ones(BATCH)
-        assert torch.equal(images.adjust_saturation(images, none), gray.expand_as(images))
-        assert torch.equal(images.adjust_saturation(images, full), images)
+        assert torch.equal(ops.adjust_saturation(images, none), gray.expand_as(images))
+        assert torch.equal(ops.adjust_saturation(images, full), images)
 
 
 @both_dtypes
@@ -180,7 +180,7 @@ def test_blur_equals_torchvision(kernel_size: int, channels: int, size: int, dty
     def blur(image: Tensor, row: int) -> Tensor:
         return TV.gaussian_blur(image, [kernel_size] * 2, [sigma[row].item()] * 2) if row else image
 
-    blurred = images.gaussian_blur(images, sigma, kernel_size)
+    blurred = ops.gaussian_blur(images, sigma, kernel_size)
     assert_close(blurred, one_by_one(images, blur), dtype)
     assert torch.equal(blurred[0], images[0])
 
@@ -192,7 +192,7 @@ def test_sobel_equals_convolution(channels: int, size: int, dtype: torch.dtype) 
     across = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], dtype=torch.float64)
     filters = torch.stack((across, across.T)).unsqueeze(1)
     gray = one_by_one(images, lambda image, row: TV.rgb_to_grayscale(image))
-    assert_close(images.sobel(images), F.conv2d(gray, filters, padding=1), dtype)
+    assert_close(ops.sobel(images), F.conv2d(gray, filters, padding=1), dtype)
 
 
 @both_dtypes
@@ -202,18 +202,18 @@ def test_normalize_equals_torchvision(channels: int, size: int, dtype: torch.dty
     for count in {1, channels}:
         mean, std = [0.49, 0.48, 0.45][:count], [0.25, 0.24, 0.26][:count]
         expected = one_by_one(images, lambda image, row, m=mean, s=std: TV.normalize(image, m, s))
-        assert_close(images.normalize(images, mean, std), expected, dtype)
+        assert_close(ops.normalize(images, mean, std), expected, dtype)
 
 
 def test_operations_leave_their_input_alone() -> None:
     images = colours(8, torch.float32)
     before = images.clone()
     ones = torch.full((BATCH,), 0.3)
-    images.resized_crop(images, torch.tensor([[0.0, 0, 8, 8]]).expand(BATCH, 4), 8)
-    images.affine(images, torch.full((BATCH, 6), 0.3))
+    ops.resized_crop(images, torch.tensor([[0.0, 0, 8, 8]]).expand(BATCH, 4), 8)
+    ops.affine(images, torch.full((BATCH, 6), 0.3))
     for name in ("brightness", "contrast", "saturation", "hue"):
-        getattr(augment, f"adjust_{name}")(images, ones)
-    images.gaussian_blur(images, ones, 3)
-    images.sobel(images)
-    images.normalize(images, (0.5,), (0.5,))
+        getattr(ops, f"adjust_{name}")(images, ones)
+    ops.gaussian_blur(images, ones, 3)
+    ops.sobel(images)
+    ops.normalize(images, (0.5,), (0.5,))
     assert torch.equal(images, before)

@@ -1,4 +1,4 @@
-"""The native op that makes views against its twin in PyTorch, `iic_dist.views.views.apply`, in float64."""
+"""The native op that makes views against its twin in PyTorch, `iic_dist.views.apply.apply`, in float64."""
 
 from __future__ import annotations
 

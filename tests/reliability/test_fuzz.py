@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
+from iic_dist.config import Config
 from iic_dist.config.build import RunData
 from iic_dist.config.command_line import parse
-from iic_dist.config import Config
 from iic_dist.data.image_set import ImageSet
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError

@@ -14,11 +14,11 @@ from ranks import Ranks
 from runs import assert_equal
 from torch import Tensor
 
-from iic_dist.training import report, resume
 from iic_dist.config.build import RunData
 from iic_dist.config.command_line import parse
 from iic_dist.data.image_set import ImageSet
 from iic_dist.distributed import Place
+from iic_dist.training import report, resume
 from iic_dist.training.trainer import Trainer
 
 # Forty steps: ten epochs of one pass of four steps, or two of four passes of five.
@@ -82,10 +82,10 @@ def test_a_run_that_dies_after_any_of_forty_steps_ends_alike(
         return keep(saved[-1], state, loss)
 
     keep = resume.save
-    monkeypatch.setattr(restart, "save", save_each)
+    monkeypatch.setattr(resume, "save", save_each)
     whole = trainer([*options, "--train.checkpoint_every_steps", "1", "--train.checkpoint_every", "1"])
     result = whole.train(tmp_path / "whole")
-    monkeypatch.setattr(restart, "save", keep)
+    monkeypatch.setattr(resume, "save", keep)
     assert whole.step == 40
     assert {int(path.name.split("-")[1]) for path in saved} == set(range(1, 41))
     for folder in saved[::every]:
