@@ -285,6 +285,14 @@ class Config:
         assert clusters is not None, "complete() comes first"
         return {"clustering": clusters}
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Channels and side in pixels of the images of a complete config, before views are made of them."""
+        size, channels = self.data.image_size, self.data.channels
+        assert size is not None, "complete() comes first"
+        assert channels is not None, "complete() comes first"
+        return channels, size
+
     def to_yaml(self) -> str:
         """Return all groups as YAML that `--config FILE` reads back."""
         text: str = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
