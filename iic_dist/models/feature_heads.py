@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from iic_dist.models.cluster_net import ClusterNet
 from iic_dist.models.heads import SubHeads
 
 SCALE = 5.0
@@ -47,23 +50,70 @@ class FeatureSubHeads(SubHeads):
         super().__init__(space.projection.shape[1], num_sub_heads, num_clusters)
         self.space = space
 
-    @staticmethod
-    def like(state: dict[str, Tensor], prefix: str, num_clusters: int) -> FeatureSubHeads | None:
-        """Build sub-heads for what a state dict holds under a prefix; None where it holds others there.
-
-        Args:
-            state: Of a network.
-            prefix: Such as "heads.clustering.".
-            num_clusters: K.
-        """
-        projection = state.get(f"{prefix}space.projection")
-        if projection is None:
-            return None
-        space = FeatureSpace(torch.zeros_like(state[f"{prefix}space.mean"]), torch.zeros_like(projection))
-        return FeatureSubHeads(space, len(state[f"{prefix}linear.bias"]) // num_clusters, num_clusters)
+    def alone(self, sub_head: int) -> FeatureSubHeads:
+        """Return a head of one of the sub-heads, with the same space and a copy of its weights."""
+        k = self.shape[1]
+        own = slice(sub_head * k, (sub_head + 1) * k)
+        head = FeatureSubHeads(self.space, 1, k).to(self.linear.weight)
+        head.linear.load_state_dict({"weight": self.linear.weight[own], "bias": self.linear.bias[own]})
+        return head
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits (B, H, K) of `features` (B, F)."""
         vectors = self.space(features)
         with torch.autocast(features.device.type, enabled=False):
             return super().forward(vectors)
+
+
+def adopt_heads(model: ClusterNet, heads: Mapping[str, FeatureSubHeads]) -> None:
+    """Put heads on features in the place of those with clusters; an overclustering head goes."""
+    for name in model.shapes:
+        del model.heads[name]
+    contrastive = dict(model.heads.items())
+    model.heads.clear()
+    model.heads.update({**heads, **contrastive})  # the contrastive head stays the last
+
+
+def keep_selected(model: ClusterNet, selected: Mapping[str, int]) -> None:
+    """Leave one sub-head of each head on features.
+
+    Args:
+        model: With heads on features.
+        selected: Which one, by the name of the head.
+    """
+    kept = {}
+    for name, sub_head in selected.items():
+        head = model.heads[name]
+        assert isinstance(head, FeatureSubHeads)
+        kept[name] = head.alone(sub_head)
+    adopt_heads(model, kept)
+
+
+def heads_of_state(state: Mapping[str, Tensor], clustering_heads: Mapping[str, int]) -> dict[str, FeatureSubHeads]:
+    """Build the heads on features that a state dict of a network holds, to be filled from it; none where it has others.
+
+    Args:
+        state: Of a `ClusterNet`.
+        clustering_heads: K of each clustering head, by its name.
+    """
+    heads = {}
+    for name, k in clustering_heads.items():
+        projection = state.get(f"heads.{name}.space.projection")
+        if projection is not None:
+            space = FeatureSpace(torch.zeros_like(state[f"heads.{name}.space.mean"]), torch.zeros_like(projection))
+            heads[name] = FeatureSubHeads(space, len(state[f"heads.{name}.linear.bias"]) // k, k)
+    return heads
+
+
+def load_network(model: ClusterNet, state: Mapping[str, Tensor], clustering_heads: Mapping[str, int]) -> None:
+    """Load a state dict of any stage of a run into the network that the run began with.
+
+    Raises:
+        RuntimeError: it is not of this network.
+    """
+    if heads := heads_of_state(state, clustering_heads):
+        place = next(model.parameters())
+        adopt_heads(model, {name: head.to(place.device, place.dtype) for name, head in heads.items()})
+        for name in [name for name in model.heads if not any(key.startswith(f"heads.{name}.") for key in state)]:
+            del model.heads[name]
+    model.load_state_dict(dict(state))

@@ -20,7 +20,21 @@ from iic_dist.ops.philox import permutation, uniforms
 from iic_dist.training.optim import build_optimizer, learning_rate
 
 _EPOCH = 2**31  # the epochs of this stage, in the counter of the random numbers, lie behind those of all others
+_PARTNER = 2**31 + 2  # the "view" of the random numbers that choose partners; no image has so many views
 _ROWS = 8192  # images whose pairs are judged together
+
+
+def draw_partners(neighbours: Tensor, images: Tensor, seed: int, epoch: int, count: int) -> Tensor:
+    """Draw neighbours of some images, (count * n,) int64: repeat r of image i in row r * n + i.
+
+    Args:
+        neighbours: (N, k) int64 on the CPU.
+        images: (n,) int64 on the CPU.
+        seed, epoch: With the image they decide what is drawn.
+        count: Of each image.
+    """
+    drawn = uniforms(seed, epoch, images, _PARTNER, count)
+    return neighbours[images].gather(1, (drawn * neighbours.shape[1]).long()).T.flatten()
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,10 @@ class NeighbourTraining:
         Collective: all ranks must call; reduces the joints and the gradients.
         """
         images = self._batch()
-        rows = self._gather(torch.cat([images, self._partners(images)]))
+        partners = draw_partners(
+            self.neighbours, images, self.settings.seed, _EPOCH + self.step, self.settings.partners
+        )
+        rows = self._gather(torch.cat([images, partners]))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
                 self.step, total_steps=self.settings.steps, base=self.settings.lr, schedule="cosine"
@@ -124,12 +141,6 @@ class NeighbourTraining:
         slice_ = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
         rank, world_size = distributed.rank(), distributed.world_size()
         return slice_[len(slice_) * rank // world_size : len(slice_) * (rank + 1) // world_size]
-
-    def _partners(self, images: Tensor) -> Tensor:
-        """Choose neighbours of each image, (partners * n,): repeat r of image i in row r * n + i."""
-        k, count = self.neighbours.shape[1], self.settings.partners
-        drawn = uniforms(self.settings.seed, _EPOCH + self.step, images, 0, count)  # (n, partners)
-        return self.neighbours[images].gather(1, (drawn * k).long()).T.flatten()
 
     def _gather(self, indices: Tensor) -> Tensor:
         if self.vectors.device == self.device and self.device.type != "cpu":
