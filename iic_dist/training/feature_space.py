@@ -37,9 +37,9 @@ def fit_space(features: Tensor, seed: int, device: torch.device, dtype: torch.dt
     Collective: all ranks must call. Rank 0 finds it for all: sums over the ranks would round otherwise, and directions
     of nearly the same variance would turn with them.
     """
-    return distributed.broadcast(_fit(features, seed, device, dtype).cpu() if distributed.rank() == 0 else None).to(
-        device
-    )
+    found = distributed.broadcast(_fit(features, seed, device, dtype).cpu() if distributed.rank() == 0 else None)
+    assert found is not None
+    return found.to(device)
 
 
 def _fit(features: Tensor, seed: int, device: torch.device, dtype: torch.dtype) -> FeatureSpace:

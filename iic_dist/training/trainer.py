@@ -265,7 +265,7 @@ class Trainer:
             return [(heads, self._make_views(batch, first_view))]
         own = self._make_views(batch, first_view)
         pairs = self._refine_pairs(batch, own)
-        groups = [(tuple(head for head in heads if head != "contrastive"), pairs)]
+        groups: list[tuple[Sequence[str], Tensor]] = [([head for head in heads if head != "contrastive"], pairs)]
         return groups if "contrastive" not in heads else [*groups, (("contrastive",), own)]
 
     def _refine_pairs(self, batch: Batch, own: Tensor) -> Tensor:
@@ -347,7 +347,7 @@ class Trainer:
         return stage
 
     def _log_neighbours(self, monitor: Monitor, bar: tqdm[Any], terms: Mapping[str, IICTerms]) -> None:
-        numbers = {}
+        numbers: dict[str, Tensor] = {}
         for head, value in terms.items():
             numbers |= {f"loss/{head}": value.loss.mean(), **report.head_numbers(head, value)}
         values = report.to_host(numbers)
