@@ -1,4 +1,4 @@
-"""Draw the views of every policy: `python benchmarks/draw_views.py --output docs/views.png`.
+"""Draw the views of every policy: `python docs/draw_views.py --output docs/views.png`.
 
 Digits are scikit-learn's; colour images are tiles of its two sample photographs. Nothing is downloaded.
 """
