@@ -127,7 +127,7 @@ def test_the_example_works(title: str, tmp_path: Path) -> None:
             for old in (tree / "iic_dist").glob("_C*"):
                 old.unlink()
         done = subprocess.run(
-            ["bash", "-c", asked], cwd=tree, env=environment, capture_output=True, text=True, timeout=280
+            ["bash", "-c", asked], cwd=tree, env=environment, capture_output=True, text=True, timeout=580
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert " skipped" not in done.stdout.splitlines()[-1] if "pytest" in command else True, done.stdout[-500:]

@@ -157,8 +157,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for name in ("launch", "benchmarks", "iic_dist"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("photos", "new", "signs", "cells", "bin"):
+    for name in ("photos", "new", "signs", "cells", "bin", "docs"):
         (folder / name).mkdir()
+    (folder / "docs/draw_views.py").symlink_to(ROOT / "docs/draw_views.py")  # it writes beside itself
     write_colours(folder / "photos", 24)
     write_colours(folder / "new", 3)
     write_colours(folder / "cells", 24)
