@@ -23,10 +23,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from iic_dist.augment import Views
-from iic_dist.ops import views as native
-from iic_dist.philox import uniforms
-from iic_dist.view_spec import NUM_UNIFORMS, ViewSpec, sample
+from iic_dist.ops import augment as native
+from iic_dist.ops.philox import uniforms
+from iic_dist.views.draw import NUM_UNIFORMS, draw
+from iic_dist.views.spec import ViewSpec
+from iic_dist.views.views import Views
 
 SHAPES = [(32, 32), (64, 64), (96, 64)]
 """Side of the images and of the views, pixels."""
@@ -180,7 +181,7 @@ def on_gpu() -> dict[str, dict[str, float]]:
         rows = torch.randperm(len(images), device="cuda")[:4096]
         spec = our_views(size, "fused").first
         numbers = uniforms(0, 0, rows, torch.arange(2, device="cuda").unsqueeze(1), NUM_UNIFORMS).flatten(0, 1)
-        table = native.table(vars(sample(spec, numbers, side, side)), len(numbers), side, side, images.device)
+        table = native.table(vars(draw(spec, numbers, side, side)), len(numbers), side, side, images.device)
         common: dict[str, Any] = {"blur_kernel": 1, "sobel": False, "mean": spec.mean, "std": spec.std}
         common |= {"size": size, "dtype": torch.float32, "channels_last": False}
         milliseconds = {

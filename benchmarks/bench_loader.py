@@ -23,8 +23,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iic_dist.data import DeviceImages, HostImages, ImageSource, load_image_set
+from iic_dist.data.device import DeviceImages
+from iic_dist.data.host import HostImages
 from iic_dist.data.listing import list_images
+from iic_dist.data.load import load_image_set
+from iic_dist.data.source import ImageSource
 
 LISTED = 100_000
 PHOTO_SIDE, IMAGE_SIZE = 400, 96

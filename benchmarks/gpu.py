@@ -258,8 +258,8 @@ def make_small_views(device: str) -> None:
     """Two views of a few images in every layout of the native op, with all that it can do."""
     import torch
 
-    from iic_dist.augment import Views
-    from iic_dist.view_spec import ViewSpec
+    from iic_dist.views.spec import ViewSpec
+    from iic_dist.views.views import Views
 
     for count, channels, side, size in SMALL_VIEWS:
         images = torch.arange(count * channels * side * side, device=device).to(torch.uint8)

@@ -6,13 +6,13 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from iic_dist.clusterer import Clusterer
+    from iic_dist.prediction.clusterer import Clusterer
 
 __version__ = "0.1.0"
 
 
 def load(run: str | os.PathLike[str], device: str = "auto") -> Clusterer:
-    """Load a trained run for use; see `iic_dist.clusterer.load`."""
-    from iic_dist import clusterer  # here, so that `import iic_dist` stays light
+    """Load a trained run for use; see `iic_dist.prediction.clusterer.load`."""
+    from iic_dist.prediction import clusterer
 
     return clusterer.load(run, device)

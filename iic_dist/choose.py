@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from iic_dist import distributed, figures
+from iic_dist.config.console import errors_in_one_line, log_to_console, run_option, say
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.evaluate import evaluate
-from iic_dist.health import Health, Recommendation, recommend
-from iic_dist.train import fail, say
+from iic_dist.evaluation import charts
+from iic_dist.evaluation.health import Health, Recommendation, recommend
+from iic_dist.training.evaluate import evaluate_run
 
 PICTURE = "choices.png"
 
@@ -22,13 +21,7 @@ def _options() -> argparse.Namespace:
         description="Compare the clustering heads of a run that was trained with several --model.num_clusters, without "
         f"labels, and recommend one; also under torchrun. Writes {PICTURE} into the folder of the run.",
     )
-    parser.add_argument(
-        *("--run", "--folder"),
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder of the run, runs/NAME; under torchrun, which takes --run for its own --run-path, say --folder",
-    )
+    run_option(parser)
     return parser.parse_args()
 
 
@@ -40,7 +33,7 @@ def choose(run: Path, place: Place) -> Recommendation:
 
     Collective: all ranks must call.
     """
-    choices = evaluate(run, place, [])["choices"]
+    choices = evaluate_run(run, place)["choices"]
     if len(choices) == 1:
         raise UsageError(
             f"--run {run}: it was trained with one number of clusters, {choices[0]['num_clusters']}; train with "
@@ -62,19 +55,15 @@ def table(recommendation: Recommendation) -> str:
 
 
 def main() -> None:
-    """Choose, and turn a caller's mistake into one line and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    """Choose, print and draw."""
+    log_to_console()
     options, place = _options(), Place.from_environment()
-    try:
+    with errors_in_one_line(place):
         recommendation = choose(options.run, place)
         say(place, table(recommendation))
         if place.is_main:
-            figures.choices(recommendation).savefig(options.run / PICTURE)
+            charts.choices(recommendation).savefig(options.run / PICTURE)
         say(place, f"picture: {options.run / PICTURE}")
-    except UsageError as error:
-        fail(place, error, 2)
-    finally:
-        distributed.stop()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from iic_dist import __version__
 from iic_dist.losses import iic_loss, nt_xent_loss
-from iic_dist.ops import backend, iic, nt_xent, views
+from iic_dist.ops import augment, backend, iic, nt_xent
 
 
 def _devices() -> str:
@@ -97,7 +97,7 @@ def _report(line: Callable[[str], None]) -> bool:
         compiled = {
             "IIC": iic.implementation("auto", where) is iic.FUSED,
             "NT-Xent": nt_xent.implementation("auto", where) is nt_xent.FUSED,
-            "views": views.supported("auto", where, torch.float32),
+            "views": augment.supported("auto", where, torch.float32),
         }
         ops = ", ".join(f"{op} {'fused' if fused else 'in PyTorch'}" for op, fused in compiled.items())
         line(f"{device + ' ops':12} {ops}")

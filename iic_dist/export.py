@@ -3,172 +3,44 @@
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.util
-import json
 import logging
-import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from iic_dist import clusterer
-from iic_dist.clusterer import Clusterer
+from iic_dist.config.console import errors_in_one_line, log_to_console, run_option
+from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.ops import augment as ops
-from iic_dist.view_spec import NUM_UNIFORMS, ViewSpec, sample
-
-_NEEDS = {"onnx": ("onnx", "onnxscript"), "safetensors": ("safetensors",)}
+from iic_dist.prediction import clusterer
+from iic_dist.prediction.export import FORMATS
 
 
-class EvaluationView(nn.Module):
-    """The view that is evaluated, in operations that every runtime has: uint8 (B, C, S, S) to (B, C', size, size).
-
-    Equals `Views.evaluation` up to the rounding of float32: the central crop and its resize are two matrix products.
-
-    Args:
-        spec: The distribution of the view; chance in it is left out.
-        image_size: S.
-    """
-
-    rows: Tensor
-    gray: Tensor
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, spec: ViewSpec, image_size: int) -> None:
-        super().__init__()
-        centred = spec.centred()
-        self.sobel = centred.sobel
-        # Channel h of this picture is 1 in row h and 0 elsewhere; what becomes of it are the weights of row h.
-        basis = torch.eye(image_size, dtype=torch.float64)[None, :, :, None].repeat(1, 1, 1, image_size)
-        box = sample(centred, torch.zeros(1, NUM_UNIFORMS), image_size, image_size).box
-        self.resizes = box is not None
-        weights = basis if box is None else ops.resized_crop(basis, box, centred.size)
-        self.register_buffer("rows", weights[0, :, :, 0].T.float())
-        self.register_buffer("gray", torch.tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1))
-        for name, values in (("mean", centred.mean or (0.0,)), ("std", centred.std or (1.0,))):
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the views of uint8 images."""
-        views = images.to(self.rows.dtype) / 255.0
-        if self.resizes:
-            views = self.rows @ views @ self.rows.T
-        if self.sobel:
-            views = self._gradients(views)
-        return (views - self.mean) / self.std
-
-    def _gradients(self, views: Tensor) -> Tensor:
-        if views.shape[1] == 3:
-            views = (views * self.gray).sum(1, keepdim=True)
-        across = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], dtype=views.dtype)
-        kernels = torch.stack([across, across.T]).unsqueeze(1).to(views.device)
-        return nn.functional.conv2d(views, kernels, padding=1)
-
-
-class Probabilities(nn.Module):
-    """From uint8 images to the probabilities of the selected sub-head: (B, C, S, S) to (B, K) float32."""
-
-    def __init__(self, run: Clusterer) -> None:
-        super().__init__()
-        self.view = EvaluationView(run.views.second, run.image_size)
-        self.backbone = copy.deepcopy(run.model.backbone)
-        head = run.model.heads[run.head].linear
-        assert isinstance(head, nn.Linear)
-        k = run.num_clusters
-        own = slice(run.selected * k, (run.selected + 1) * k)
-        self.classifier = nn.Linear(head.in_features, k, dtype=head.weight.dtype)
-        self.classifier.load_state_dict({"weight": head.weight[own], "bias": head.bias[own]})
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the probability of each cluster."""
-        return torch.softmax(self.classifier(self.backbone(self.view(images))), -1)
-
-
-def export_onnx(run: Clusterer, path: Path) -> None:
-    """Write the run as ONNX: input "images" uint8 (batch, C, S, S), output "probabilities" float32 (batch, K).
-
-    The preprocessing is inside, but for the resize to S x S: `data.image_size` of the run. It is in float32, also
-    where the run is in float64.
-
-    Raises:
-        UsageError: onnx or onnxscript is not installed.
-    """
-    _require("onnx")
-    network = Probabilities(run).float().cpu().eval()
-    example = torch.zeros(2, run.channels, run.image_size, run.image_size, dtype=torch.uint8)
-    program = torch.onnx.export(
-        network,
-        (example,),
-        input_names=["images"],
-        output_names=["probabilities"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    program.model.metadata_props["iic_dist"] = json.dumps(_about(run))
-    program.save(path)
-
-
-def export_safetensors(run: Clusterer, path: Path) -> None:
-    """Write all weights under the names of the network, with the config and the selected sub-head as metadata.
-
-    Raises:
-        UsageError: safetensors is not installed.
-    """
-    _require("safetensors")
-    from safetensors.torch import save_file
-
-    weights = {name: value.contiguous().cpu() for name, value in run.model.state_dict().items()}
-    about = {name: str(value) for name, value in _about(run).items()}
-    save_file(weights, path, metadata={**about, "config": run.config.to_yaml()})
-
-
-def _about(run: Clusterer) -> dict[str, int]:
-    return {
-        "image_size": run.image_size,
-        "channels": run.channels,
-        "num_clusters": run.num_clusters,
-        "selected_sub_head": run.selected,
-    }
-
-
-def _require(kind: str) -> None:
-    missing = [name for name in _NEEDS[kind] if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"--format {kind} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def main() -> None:
-    """Export, and turn a caller's mistake into one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m iic_dist.export", description="Write a trained run for use without this package."
     )
-    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of the run, runs/NAME")
+    run_option(parser)
     parser.add_argument(
         "--format",
         required=True,
-        choices=sorted(_NEEDS),
+        choices=sorted(FORMATS),
         help="onnx: from uint8 images to probabilities, needs onnx and onnxscript; safetensors: the weights and what "
         "they belong to, needs safetensors",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: model.FORMAT in the run's folder")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Export one run."""
+    log_to_console(logging.WARNING)
+    options = _options()
     path = options.output or options.run / f"model.{options.format}"
-    try:
+    with errors_in_one_line(Place(), system_error=2):
         run = clusterer.load(options.run, "cpu")
         if not path.absolute().parent.is_dir():
             raise UsageError(f"--output {path}: there is no folder {path.parent}")
-        (export_onnx if options.format == "onnx" else export_safetensors)(run, path)
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    side = run.image_size
-    print(f"written: {path} (images: {run.channels} x {side} x {side} uint8; {run.num_clusters} clusters)", flush=True)
+        FORMATS[options.format](run, path)
+        about = f"images: {run.channels} x {run.image_size} x {run.image_size} uint8; {run.num_clusters} clusters"
+        print(f"written: {path} ({about})", flush=True)
 
 
 if __name__ == "__main__":

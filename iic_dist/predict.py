@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from iic_dist import clusterer, distributed, gallery, prediction_files
+from iic_dist import distributed
+from iic_dist.config.console import errors_in_one_line, log_to_console, run_option
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.folder_prediction import FolderPrediction, predict_folder
-from iic_dist.train import fail, use_threads
+from iic_dist.prediction import clusterer, gallery, outputs
+from iic_dist.prediction.folder import FolderPrediction, predict_folder
 
 _NAMED = 10  # unreadable files that are printed
 
@@ -26,13 +26,7 @@ def _options() -> argparse.Namespace:
         "output. No label and none of the images that the run was trained on is needed. Ask for at least one of "
         "--output, --link-to, --embeddings and --gallery.",
     )
-    parser.add_argument(
-        *("--run", "--folder"),
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="folder of the run, runs/NAME; under torchrun, which takes --run for its own --run-path, say --folder",
-    )
+    run_option(parser)
     parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="the image folder, in any nesting")
     parser.add_argument(
         "--output",
@@ -63,9 +57,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.copy and not options.link_to:
         raise UsageError("--copy: copies for --link-to, which is not asked for")
     if options.output:
-        prediction_files.check_table(options.output)
+        outputs.check_table(options.output)
     if options.link_to:
-        prediction_files.check_link_folder(options.link_to, options.images)
+        outputs.check_link_folder(options.link_to, options.images)
     for option, path, ending in (
         ("--embeddings", options.embeddings, ".npy"),
         ("--gallery", options.gallery, ".html"),
@@ -73,7 +67,7 @@ def _check(options: argparse.Namespace) -> None:
         if path and path.suffix != ending:
             raise UsageError(f"{option} {path}: its name must end in {ending}")
         if path:
-            prediction_files.check_parent(option, path)
+            outputs.check_parent(option, path)
 
 
 def predict(options: argparse.Namespace, place: Place) -> None:
@@ -86,7 +80,7 @@ def predict(options: argparse.Namespace, place: Place) -> None:
     """
     _check(options)
     run = clusterer.load(options.run, options.device)
-    use_threads(run.config, place)
+    distributed.use_threads(run.config.run.threads, place)
     distributed.start(place, run.device, run.config.run.timeout_minutes)
     found = predict_folder(run, options.images, progress=place.is_main and not options.no_progress)
     if not place.is_main:
@@ -99,20 +93,20 @@ def predict(options: argparse.Namespace, place: Place) -> None:
 
 def _write(options: argparse.Namespace, found: FolderPrediction, agreement: Tensor, num_clusters: int) -> None:
     prediction = found.prediction
-    table = list(prediction_files.rows(found.paths, prediction.clusters, prediction.confidence, agreement))
+    table = list(outputs.rows(found.paths, prediction.clusters, prediction.confidence, agreement))
     written: list[Path] = []
     if options.output:
-        prediction_files.write_table(options.output, table)
+        outputs.write_table(options.output, table)
         written.append(options.output)
     if options.output and found.unreadable:
         names = options.output.with_name(options.output.name + ".unreadable.txt")
         names.write_text("".join(f"{path}\t{reason}\n" for path, reason in found.unreadable), encoding="utf-8")
         written.append(names)
     if options.embeddings:
-        prediction_files.write_embeddings(options.embeddings, prediction.embeddings)
+        outputs.write_embeddings(options.embeddings, prediction.embeddings)
         written.append(options.embeddings)
     if options.link_to:
-        prediction_files.link_images(options.link_to, options.images, table, num_clusters, options.copy)
+        outputs.link_images(options.link_to, options.images, table, num_clusters, options.copy)
         written.append(options.link_to)
     if options.gallery:
         gallery.write(options.gallery, found, agreement, num_clusters)
@@ -139,15 +133,11 @@ def _summary(found: FolderPrediction, agreement: Tensor, num_clusters: int) -> I
 
 
 def main() -> None:
-    """Predict, and turn a caller's mistake into one line and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    """Predict and write."""
+    log_to_console()
     options, place = _options(), Place.from_environment()
-    try:
+    with errors_in_one_line(place, system_error=2):
         predict(options, place)
-    except (UsageError, OSError) as error:
-        fail(place, error, 2)
-    finally:
-        distributed.stop()
 
 
 if __name__ == "__main__":

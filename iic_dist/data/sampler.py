@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from iic_dist.errors import UsageError
-from iic_dist.philox import permutation
+from iic_dist.ops.philox import permutation
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The native ops and their PyTorch twins: one op, one file, no collectives."""
+"""Tensor functions without ranks, settings or files: native ops with their twins, random numbers, exact functions."""

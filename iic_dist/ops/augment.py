@@ -1,202 +1,117 @@
-"""Image operations on a batch, with parameters of their own for each image.
+"""The native op that makes views in one pass: image and parameters to the normalised view.
 
-Every operation does to each image what torchvision.transforms.v2.functional does to one. Images are floating
-point (B, C, H, W) in [0, 1] with C = 1 or 3, parameters are tensors over B on the same device, and nothing
-waits for the device. The crop is two matrix products: with torch's TF32 switched on, they round weights to 11 bits on
-CUDA.
+Its twin in PyTorch is `iic_dist.views.apply`, which takes its parameters by name; the contract stands in
+csrc/augment.h. Sides of images and views go up to 32767 pixels, of views on CUDA up to 2048; what does not fit into
+shared memory there is kept in global memory, which csrc/cuda/augment_cuda.cu explains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_RED, _GREEN, _BLUE = 0.2989, 0.587, 0.114  # ITU-R BT.601 luma, as rounded by torchvision
-_FAR = 1e6  # pixels; beyond the support of every filter
-_SHARPEST = 1e-3  # pixels; a Gaussian so narrow is exactly one pixel in float32 and float64
-_NO_SPREAD = 1e-12  # below the steps of float32 in [0, 1] but for black; keeps 0 / 0 out
+from iic_dist.ops import backend
+
+OP = "augment_views"
+NEUTRAL = {
+    "affine": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0),
+    "box": None,  # the whole image
+    "flip": (0.0,),
+    "brightness": (1.0,),
+    "contrast": (1.0,),
+    "saturation": (1.0,),
+    "hue": (0.0,),
+    "gray": (0.0,),
+    "sigma": (0.0,),
+}
+"""Columns of the op's table, in order, as csrc/augment.h names them, and what leaves an image as it is."""
 
 
-def _per_image(values: Tensor, images: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1) in the dtype of the images."""
-    return values.to(images.dtype).view(-1, 1, 1, 1)
+def table(drawn: Mapping[str, Tensor | None], count: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Put the parameters of views side by side, neutral where nothing was drawn.
+
+    Args:
+        drawn: fields of `ViewParameters`, (count,) or (count, columns) each.
+
+    Returns:
+        (count, 17) float32.
+    """
+    columns = []
+    for name, neutral in NEUTRAL.items():
+        value = drawn[name]
+        if value is not None:
+            columns.append(value if value.dim() == 2 else value.float().unsqueeze(1))
+            continue
+        for number in (0.0, 0.0, height, width) if neutral is None else neutral:
+            columns.append(torch.full((count, 1), number, device=device))
+    return torch.cat(columns, dim=1)
 
 
-def _triangle_weights(
-    start: Tensor, length: Tensor, pixels: int, size: int, flip: Tensor | None, dtype: torch.dtype
+def augment_views(
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    *,
+    size: int,
+    blur_kernel: int,
+    sobel: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    channels_last: bool,
 ) -> Tensor:
-    """Weights that resample [start, start + length) of a line of pixels to `size` samples.
+    """Make V views of each image of a batch; `supported` says where this can be called.
 
     Args:
-        start, length: (B,) in pixels.
-        flip: (B,) bool, reverse the samples.
+        images: (M, C, H, W) uint8.
+        rows: (N,) int64, place of each image of the batch in `images`.
+        parameters: (V*N, 17) as `table` makes it; view v of image i in row v*N + i.
+        size, blur_kernel, sobel, mean, std: as in `ViewSpec`; blur_kernel=1 where no view is blurred.
+        dtype: of the views: float32, bfloat16 or float16.
+        channels_last: memory format of the views.
 
     Returns:
-        (B, size, pixels), rows sum to 1: a triangle one pixel wide at each side, or one sample where that is
-        more (antialias), over the pixels whose centre lies in the section.
+        (V*N, C', size, size).
     """
-    start, length = start.double().unsqueeze(1), length.double().unsqueeze(1)
-    sample = torch.arange(size, dtype=torch.float64, device=start.device) + 0.5
-    pixel = torch.arange(pixels, dtype=torch.float64, device=start.device) + 0.5
-    if flip is not None:
-        sample = torch.where(flip.unsqueeze(1), size - sample, sample)
-    step = length / size
-    support = step.clamp(min=1.0)
-    middle = start + length / 2  # coordinates around it are small, which keeps float32 exact enough
-    outside = (pixel < start) | (pixel > start + length)
-    tap = ((pixel - middle) / support).masked_fill(outside, _FAR).to(dtype)
-    centre = ((sample * step - length / 2) / support).to(dtype)
-    weights = (tap.unsqueeze(1) - centre.unsqueeze(2)).abs_().neg_().add_(1.0).clamp_(min=0.0)
-    return weights.div_(weights.sum(dim=2, keepdim=True))
-
-
-def resized_crop(images: Tensor, box: Tensor, size: int, flip: Tensor | None = None) -> Tensor:
-    """Cut a box out of each image and resize it, bilinear with antialias.
-
-    Equals `resized_crop(image, top, left, height, width, [size, size], antialias=True)` for whole boxes,
-    followed by `horizontal_flip` where `flip` says so. Two matrix products: rows @ image @ columns^T.
-
-    Args:
-        box: (B, 4) top, left, height, width in pixels, fractions allowed; inside the image, sides at least 1.
-        size: side of the result in pixels.
-        flip: (B,) bool.
-
-    Returns:
-        (B, C, size, size).
-    """
-    top, left, height, width = box.unbind(1)
-    rows = _triangle_weights(top, height, images.shape[2], size, None, images.dtype)
-    columns = _triangle_weights(left, width, images.shape[3], size, flip, images.dtype)
-    batch, channels, pixels, _ = images.shape
-    across = torch.bmm(images.reshape(batch, channels * pixels, -1), columns.transpose(1, 2))
-    across = across.view(batch, channels, pixels, size)
-    # One product for all channels would copy `rows` for each. Contiguous planes, because the library's
-    # batched product takes no others; they would be multiplied image by image.
-    resized = images.new_empty(channels, batch, size, size)
-    for channel in range(channels):
-        torch.bmm(rows, across[:, channel], out=resized[channel])
-    return resized.transpose(0, 1)
-
-
-def affine(images: Tensor, inverse: Tensor) -> Tensor:
-    """Rotate, scale, shear and move each image about its centre, bilinear, zeros outside.
-
-    Equals `affine(image, angle, translate, scale, shear, InterpolationMode.BILINEAR)` with
-    `inverse = view_spec.inverse_affine(...)` of these.
-
-    Args:
-        inverse: (B, 6) (a, b, c, d, e, f): the result at (x, y) is the image at (a x + b y + c, d x + e y + f), in
-            pixels from the centre.
-    """
-    height, width = images.shape[2:]
-    x = torch.arange(width, dtype=torch.float64, device=images.device) - (width - 1) / 2
-    y = torch.arange(height, dtype=torch.float64, device=images.device) - (height - 1) / 2
-    grid = images.new_empty(images.shape[0], height, width, 2)
-    for axis, side in enumerate((width, height)):
-        from_x, from_y, shift = inverse[:, 3 * axis : 3 * axis + 3].double().mul(2 / side).split(1, dim=1)
-        along_x, along_y = (from_x * x).to(images.dtype), (from_y * y + shift).to(images.dtype)
-        torch.add(along_x.unsqueeze(1), along_y.unsqueeze(2), out=grid[..., axis])
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
-def rgb_to_grayscale(images: Tensor) -> Tensor:
-    """Luma of each image, (B, 1, H, W); a gray image is returned as it is."""
-    if images.shape[1] == 1:
-        return images
-    red, green, blue = images.split(1, dim=1)
-    return red.mul(_RED).add_(green, alpha=_GREEN).add_(blue, alpha=_BLUE)
-
-
-def _blend(images: Tensor, other: Tensor, share: Tensor) -> Tensor:
-    """share * images + (1 - share) * other, clamped; `share` may lie outside [0, 1]."""
-    share = _per_image(share, images)
-    return images.mul(share).add_(other * (1.0 - share)).clamp_(0.0, 1.0)
-
-
-def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Multiply each image by its factor (B,) >= 0 and clamp; 1 changes nothing."""
-    return images.mul(_per_image(factor, images)).clamp_(0.0, 1.0)
-
-
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend each image with its own mean gray by its factor (B,) >= 0; 1 changes nothing."""
-    return _blend(images, rgb_to_grayscale(images).mean(dim=(1, 2, 3), keepdim=True), factor)
-
-
-def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend each RGB image with its gray by its factor (B,) >= 0; 1 changes nothing, 0 makes it gray."""
-    return _blend(images, rgb_to_grayscale(images), factor)
-
-
-def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
-    """Turn the hue (HSV) of each RGB image by its factor (B,) in [-0.5, 0.5] of the circle.
-
-    The turn keeps value and saturation, that is the largest and smallest channel of a pixel, so each new
-    channel is smallest + (largest - smallest) * a trapezoid of the new hue.
-    """
-    red, green, blue = images.unbind(1)
-    smallest = torch.minimum(torch.minimum(red, green), blue)
-    spread = torch.maximum(torch.maximum(red, green), blue).sub_(smallest)
-    # Sixths of the circle from red: |hue| = 1 + (green + blue - red - smallest) / spread, on the side of the
-    # larger of green and blue. The textbook's three cases take five times as long on a CPU.
-    hue = (green + blue).sub_(red).sub_(smallest).div_(spread.clamp(min=_NO_SPREAD)).add_(1.0)
-    hue.copysign_(green - blue).add_(factor.to(images.dtype).view(-1, 1, 1) * 6.0)
-    hue.sub_(hue.mul(1 / 6).floor_(), alpha=6.0)
-    shares = (
-        (hue - 3.0).abs_().sub_(1.0),
-        (hue - 2.0).abs_().neg_().add_(2.0),
-        (hue - 4.0).abs_().neg_().add_(2.0),
+    views: Tensor = torch.ops.iic_dist.augment_views.default(
+        images, rows, parameters, size, blur_kernel, sobel, mean, std, dtype, channels_last
     )
-    turned = torch.empty_like(images)
-    for channel, share in enumerate(shares):
-        torch.addcmul(smallest, spread, share.clamp_(0.0, 1.0), out=turned[:, channel])
-    return turned
+    return views
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Blur each image with its own Gaussian, reflecting at the border.
+def _fake(
+    images: Tensor,
+    rows: Tensor,
+    parameters: Tensor,
+    size: int,
+    blur_kernel: int,
+    sobel: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    shape = (parameters.shape[0], 2 if sobel else images.shape[1], size, size)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
 
-    Equals `gaussian_blur(image, kernel_size, sigma)`.
 
-    Args:
-        sigma: (B,) in pixels; 0 leaves the image as it is.
-        kernel_size: odd, at most twice the shorter side minus one.
+DEVICES = backend.devices_of(OP)
+"""The device types of the native op."""
+if DEVICES:
+    torch.library.register_fake(f"iic_dist::{OP}", _fake)
+
+
+def supported(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `impl` ("auto", "fused" or "torch") means the native op for views of `dtype` on `device`.
+
+    Raises:
+        ValueError: `impl` is none of the three.
+        RuntimeError: "fused" was asked for and is not there, or for float64, which only PyTorch computes; says why.
     """
-    reach = kernel_size // 2
-    offset = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
-    narrow = sigma.to(images.dtype).clamp(min=_SHARPEST).unsqueeze(1)
-    kernel = torch.softmax((offset / narrow).square().mul_(-0.5), dim=1)
-    weights = kernel.view(-1, kernel_size, 1, 1, 1).unbind(1)
-    blurred = F.pad(images, (reach, reach, reach, reach), mode="reflect")
-    for dim in (2, 3):
-        taps = [blurred.narrow(dim, start, images.shape[dim]) for start in range(kernel_size)]
-        blurred = taps[reach] * weights[reach]
-        for left in range(reach):  # the kernel is symmetric
-            blurred.addcmul_(taps[left] + taps[-1 - left], weights[left])
-    return blurred
-
-
-def sobel(images: Tensor) -> Tensor:
-    """Horizontal and vertical Sobel gradient of the gray image, zeros outside: (B, 2, H, W).
-
-    Equals conv2d with [[1, 0, -1], [2, 0, -2], [1, 0, -1]] and its transpose, padding 1, as in IIC's
-    `sobel_process`.
-    """
-    gray = F.pad(rgb_to_grayscale(images), (1, 1, 1, 1)).squeeze(1)
-    left_right = gray[:, :, :-2] - gray[:, :, 2:]
-    up_down = gray[:, :-2] - gray[:, 2:]
-    gradients = images.new_empty(images.shape[0], 2, *images.shape[2:])
-    torch.add(left_right[:, :-2] + left_right[:, 2:], left_right[:, 1:-1], alpha=2.0, out=gradients[:, 0])
-    torch.add(up_down[:, :, :-2] + up_down[:, :, 2:], up_down[:, :, 1:-1], alpha=2.0, out=gradients[:, 1])
-    return gradients
-
-
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(image - mean) / std, with one number for each channel or one for all."""
-    if len(mean) == len(std) == 1:
-        return (images - mean[0]).div_(std[0])
-    channels = zip(images.split(1, dim=1), mean, std, strict=True)
-    return torch.cat([(channel - m).div_(s) for channel, m, s in channels], dim=1)
+    fused = backend.choose(impl, device.type, DEVICES, "views") == "fused"
+    if fused and dtype == torch.float64 and impl == "fused":
+        raise RuntimeError("impl='fused': views of float64 are made in PyTorch; use impl='auto'")
+    return fused and dtype != torch.float64

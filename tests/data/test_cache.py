@@ -17,9 +17,9 @@ from PIL import Image
 from iic_dist.data import cache as decoded_cache
 from iic_dist.data import folder as folders
 from iic_dist.data import listing as listings
-from iic_dist.data import load_image_set
 from iic_dist.data.decode import Decoded
 from iic_dist.data.folder import load_folder
+from iic_dist.data.load import load_image_set
 from iic_dist.errors import UsageError
 
 SIZE = 8

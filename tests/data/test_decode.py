@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iic_dist.data import decode, load_image_set
+from iic_dist.data import decode
+from iic_dist.data.load import load_image_set
 from iic_dist.errors import UsageError
 
 

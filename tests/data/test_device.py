@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iic_dist.data import DeviceImages
+from iic_dist.data.device import DeviceImages
 
 
 def numbered(count: int) -> torch.Tensor:

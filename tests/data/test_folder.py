@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageFile
 from torchvision.transforms.v2 import functional
 
-from iic_dist.data import load_image_set
 from iic_dist.data.listing import list_images
+from iic_dist.data.load import load_image_set
 from iic_dist.errors import UsageError
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from iic_dist.data import DeviceImages, HostImages, place_images
+from iic_dist.data.device import DeviceImages
+from iic_dist.data.host import HostImages
+from iic_dist.data.source import place_images
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,12 @@ from PIL import Image
 from ranks import Ranks
 
 from iic_dist import distributed
-from iic_dist.build import load_data
-from iic_dist.command_line import parse
-from iic_dist.data import HostImages
+from iic_dist.config.build import load_data
+from iic_dist.config.command_line import parse
+from iic_dist.data.host import HostImages
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.trainer import Trainer
+from iic_dist.training.trainer import Trainer
 
 QUIET = ["--monitor.progress", "false", "--train.evaluate_every", "0", "--train.epochs", "2", "--model.sub_heads", "2"]
 LEVELS = {"device": ["--data.device_budget_gib", "1"], "host": ["--data.device_budget_gib", "0"]}
@@ -58,7 +58,7 @@ def test_mapped_from_the_disk_by_the_host_or_resident(pictures: Path, tmp_path: 
     assert isinstance(other.images, HostImages)
     assert isinstance(other.evaluator.images, HostImages)
     assert not isinstance(one.images, HostImages)
-    for first, second in zip(one.model.parameters(), other.model.parameters(), strict=True):
+    for first, second in zip(one.learner.model.parameters(), other.learner.model.parameters(), strict=True):
         assert torch.equal(first, second)
     assert {**resident, "train_seconds": 0, "images_per_second": 0} == {
         **hosted, "train_seconds": 0, "images_per_second": 0,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from iic_dist.data import load_image_set
+from iic_dist.data.load import load_image_set
 
 LOAD = """
 import json, resource, sys

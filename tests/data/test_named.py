@@ -19,7 +19,8 @@ import torch
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from iic_dist.data import DATA_NAMES, load_image_set, named
+from iic_dist.data import named
+from iic_dist.data.load import DATA_NAMES, load_image_set
 from iic_dist.errors import UsageError
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iic_dist.data import Sampler
+from iic_dist.data.sampler import Sampler
 from iic_dist.errors import UsageError
-from iic_dist.philox import permutation
+from iic_dist.ops.philox import permutation
 
 
 def test_steps_cut_the_epochs_permutations():

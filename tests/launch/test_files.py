@@ -17,7 +17,7 @@ from kubeflow_trainer_api.models import IoK8sApiCoreV1PersistentVolumeClaim, Tra
 from launched import LAUNCH, ROOT, end, output, start, wait_until
 from slurm_cluster import free_ports
 
-from iic_dist.command_line import parse
+from iic_dist.config.command_line import parse
 
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 STARTED = [path for path in SCRIPTS if path.name != "run_folder.sh"]
@@ -135,7 +135,7 @@ def test_the_image_copies_all_that_an_installation_needs(tmp_path: Path) -> None
     environment = {**os.environ, "IIC_DIST_BUILD": "none"}
     done = subprocess.run(pip, cwd=source, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert (there / "iic_dist" / "configs" / "digits.yaml").exists()
+    assert (there / "iic_dist" / "config" / "presets" / "digits.yaml").exists()
     [command] = [rest for name, rest in instructions() if name == "CMD"]
     assert os.access(source / command.strip('[]"'), os.X_OK)
 

@@ -1,219 +1,212 @@
-"""Each batched image operation against torchvision, image by image, or against a plain loop."""
+"""The native op that makes views against its twin in PyTorch, `iic_dist.views.apply.apply`, in float64."""
 
 from __future__ import annotations
 
-import colorsys
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TV
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from view_cases import EVERYTHING, GRAY, allowed, arguments, make, smooth
 
-from iic_dist.ops import augment
-from iic_dist.view_spec import inverse_affine
+from iic_dist.ops import augment as native
+from iic_dist.views.spec import ViewSpec
 
-BATCH = 12
-SIZES = [(8, 8), (28, 24), (32, 32), (96, 64)]
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-SHAPES = [(channels, size) for channels in (1, 3) for size in (8, 28, 32, 96)]
-
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-all_shapes = pytest.mark.parametrize(("channels", "size"), SHAPES)
+pytestmark = pytest.mark.skipif("cpu" not in native.DEVICES, reason="the extension has no kernels of views")
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+def assert_equal_twin(spec: ViewSpec, images: Tensor) -> None:
+    made, expected = make(spec, images, "fused"), make(spec, images, "torch", torch.float64)
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made.double(), expected, rtol=0, atol=allowed(spec))
 
 
-def between(least: float, largest: float, *shape: int) -> Tensor:
-    return least + torch.rand(shape or (BATCH,)) * (largest - least)
-
-
-def one_by_one(images: Tensor, operation: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Apply `operation(image, row)` to each image in float64, the truth for both types."""
-    return torch.stack([operation(image.double(), row) for row, image in enumerate(images)])
-
-
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, tolerance: float = 0.0) -> None:
-    assert actual.dtype == dtype
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance or TOLERANCE[dtype])
-
-
-@both_dtypes
+@pytest.mark.parametrize("size", [2, 8, 17, 32, 96])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (32, 32), (28, 45), (97, 64)])
+@pytest.mark.parametrize("sobel", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("side", "size"), [*SIZES, (96, 20), (20, 64)])
-def test_resized_crop_equals_torchvision(side: int, size: int, channels: int, dtype: torch.dtype) -> None:
-    images = torch.rand(BATCH, channels, side, side + 3, dtype=dtype)
-    height, width = torch.randint(1, side + 1, (BATCH,)), torch.randint(1, side + 4, (BATCH,))
-    height[0], width[0] = side, side + 3
-    height[1] = width[1] = 1
-    top = (torch.rand(BATCH) * (side - height + 1)).long()
-    left = (torch.rand(BATCH) * (side + 3 - width + 1)).long()
-    box = torch.stack((top, left, height, width), dim=1)
-    flip = torch.rand(BATCH) < 0.5
-
-    def crop(image: Tensor, row: int) -> Tensor:
-        cut = TV.resized_crop(image, *box[row].tolist(), [size, size], antialias=True)
-        return TV.horizontal_flip(cut) if flip[row] else cut
-
-    assert_close(augment.resized_crop(images, box.float(), size, flip), one_by_one(images, crop), dtype)
+def test_everything_at_once(channels: int, sobel: bool, height: int, width: int, size: int) -> None:
+    spec = replace(EVERYTHING if channels == 3 else GRAY, size=size, sobel=sobel)
+    assert_equal_twin(replace(spec, mean=(), std=()) if sobel else spec, smooth(13, channels, height, width))
 
 
-def resample_by_hand(line: list[float], start: float, length: float, size: int) -> list[float]:
-    """One line, one output sample at a time, from the definition of the antialiased triangle filter."""
-    samples = []
-    for i in range(size):
-        middle = start + (i + 0.5) * length / size
-        reach = max(1.0, length / size)
-        weighted = total = 0.0
-        for j, value in enumerate(line):
-            if start <= j + 0.5 <= start + length:
-                weight = max(0.0, 1.0 - abs(j + 0.5 - middle) / reach)
-                weighted, total = weighted + weight * value, total + weight
-        samples.append(weighted / total)
-    return samples
+@pytest.mark.parametrize(
+    "alone",
+    [
+        {},
+        {"rotation": 180.0},
+        {"shear": 60.0},
+        {"zoom": (0.05, 20.0)},
+        {"translation": 1.0},
+        {"crop_area": (0.001, 0.01)},
+        {"crop_area": (1.0, 1.0)},
+        {"crop_sides": (1, 33), "centre_probability": 0.5},
+        {"flip": 1.0},
+        {"brightness": 3.0},
+        {"contrast": 3.0},
+        {"saturation": 3.0},
+        {"hue": 0.5},
+        {"gray": 1.0},
+        {"blur": 1.0, "blur_sigma": (1e-6, 50.0)},
+        {"sobel": True},
+        {"mean": (0.5,), "std": (0.25,)},
+    ],
+    ids=lambda alone: ",".join(alone) or "nothing",
+)
+@pytest.mark.parametrize("size", [33, 50])
+def test_one_thing_at_a_time(alone: dict[str, Any], size: int) -> None:
+    assert_equal_twin(ViewSpec(size=size, **alone), smooth(9, 3, 33, 33))
 
 
-@both_dtypes
-@pytest.mark.parametrize(("side", "size"), [(9, 7), (12, 20)])
-def test_resized_crop_of_fractional_boxes(side: int, size: int, dtype: torch.dtype) -> None:
-    images = torch.rand(6, 1, side, side, dtype=dtype)
-    lengths = between(1.0, side, 6, 2)
-    starts = torch.rand(6, 2) * (side - lengths)
-    box = torch.cat((starts, lengths), dim=1)
-
-    def crop(image: Tensor, row: int) -> Tensor:
-        top, left, height, width = box[row].double().tolist()
-        lines = [resample_by_hand(line, left, width, size) for line in image[0].tolist()]
-        columns = [resample_by_hand(list(column), top, height, size) for column in zip(*lines, strict=True)]
-        return torch.tensor(columns, dtype=torch.float64).T.unsqueeze(0)
-
-    assert_close(augment.resized_crop(images, box, size), one_by_one(images, crop), dtype)
-
-
-@both_dtypes
-@all_shapes
-def test_affine_equals_torchvision(channels: int, size: int, dtype: torch.dtype) -> None:
-    images = torch.rand(BATCH, channels, size, size + 4, dtype=dtype)
-    angle, shift = between(-180, 180), between(-size / 4, size / 4, BATCH, 2)
-    scale, shear = between(0.5, 1.5), between(-40, 40, BATCH, 2)
-
-    def move(image: Tensor, row: int) -> Tensor:
-        parts = angle[row].item(), shift[row].tolist(), scale[row].item(), shear[row].tolist()
-        return TV.affine(image, *parts, interpolation=TV.InterpolationMode.BILINEAR)
-
-    # In float32 a coordinate of 100 pixels is off by 4e-6 pixels, times a step of up to 1 along x and y.
-    tolerance = 4e-5 if dtype == torch.float32 and size == 96 else 0.0
-    motion = (angle, *shear.unbind(1), *shift.unbind(1), scale)
-    moved = augment.affine(images, inverse_affine(*(part.double() for part in motion)))
-    assert_close(moved, one_by_one(images, move), dtype, tolerance)
-
-
-@both_dtypes
-@all_shapes
-@pytest.mark.parametrize("name", ["adjust_brightness", "adjust_contrast", "adjust_saturation"])
-def test_blends_equal_torchvision(name: str, channels: int, size: int, dtype: torch.dtype) -> None:
-    images = torch.rand(BATCH, channels, size, size, dtype=dtype)
-    factor = between(0.0, 2.0)
-    factor[:2] = torch.tensor([0.0, 1.0])
-    expected = one_by_one(images, lambda image, row: getattr(TV, name)(image, factor[row].item()))
-    actual = getattr(augment, name)(images, factor)
-    assert_close(actual, expected, dtype)
-    assert torch.equal(actual[1], images[1])  # factor 1
-
-
-def colours(size: int, dtype: torch.dtype) -> Tensor:
-    """Random RGB images, the last two made of black, gray, white, pure and two-channel colours."""
-    images = torch.rand(BATCH, 3, size, size, dtype=dtype)
-    images[-2:] = torch.randint(0, 3, (2, 3, size, size)).to(dtype) / 2
-    return images
-
-
-@both_dtypes
-@pytest.mark.parametrize("size", [8, 28, 32, 96])
-def test_hue_equals_torchvision(size: int, dtype: torch.dtype) -> None:
-    images = colours(size, dtype)
-    factor = between(-0.5, 0.5)
-    factor[:3] = torch.tensor([-0.5, 0.0, 0.5])
-    factor[-2:] = torch.tensor([1 / 3, -1 / 6])
-    expected = one_by_one(images, lambda image, row: TV.adjust_hue(image, factor[row].item()))
-    assert_close(augment.adjust_hue(images, factor), expected, dtype, 1e-5)  # torchvision computes in float32
-
-
-def test_hue_equals_colorsys_in_float64() -> None:
-    images = colours(4, torch.float64)
-    factor = between(-0.5, 0.5).double()
-
-    def turn(image: Tensor, row: int) -> Tensor:
-        turned = []
-        for pixel in image.flatten(1).T.tolist():
-            hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
-            turned.append(colorsys.hsv_to_rgb((hue + factor[row].item()) % 1.0, saturation, value))
-        return torch.tensor(turned, dtype=torch.float64).T.reshape(image.shape)
-
-    assert_close(augment.adjust_hue(images, factor), one_by_one(images, turn), torch.float64)
-
-
-@both_dtypes
-@all_shapes
-def test_grayscale_equals_torchvision(channels: int, size: int, dtype: torch.dtype) -> None:
-    images = torch.rand(BATCH, channels, size, size, dtype=dtype)
-    gray = augment.rgb_to_grayscale(images)
-    assert_close(gray, one_by_one(images, lambda image, row: TV.rgb_to_grayscale(image)), dtype)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_spec(data: st.DataObject) -> None:
+    channels = data.draw(st.sampled_from([1, 3]))
+    share, side = st.floats(0, 1), st.integers(2, 70)
+    height, width = data.draw(side), data.draw(side)
+    options: dict[str, Any] = {name: data.draw(share) for name in ("flip", "affine_probability", "blur")}
+    options |= {name: data.draw(share) for name in ("brightness", "contrast")}
     if channels == 3:
-        none, full = torch.zeros(BATCH), torch.ones(BATCH)
-        assert torch.equal(augment.adjust_saturation(images, none), gray.expand_as(images))
-        assert torch.equal(augment.adjust_saturation(images, full), images)
+        options |= {"saturation": data.draw(share), "hue": data.draw(share) / 2, "gray": data.draw(share)}
+    if data.draw(st.booleans()):
+        options |= {"rotation": 180 * data.draw(share), "shear": 60 * data.draw(share), "zoom": (0.5, 2.0)}
+    if data.draw(st.booleans()):
+        options |= {"crop_area": (0.05 + 0.9 * data.draw(share), 1.0), "sobel": data.draw(st.booleans())}
+    spec = ViewSpec(size=data.draw(side), **options)
+    assert_equal_twin(spec, smooth(5, channels, height, width, seed=height))
 
 
-@both_dtypes
-@all_shapes
-@pytest.mark.parametrize("kernel_size", [3, 9])
-def test_blur_equals_torchvision(kernel_size: int, channels: int, size: int, dtype: torch.dtype) -> None:
-    images = torch.rand(BATCH, channels, size, size + 1, dtype=dtype)
-    sigma = between(0.1, 2.0)
-    sigma[0] = 0.0
-
-    def blur(image: Tensor, row: int) -> Tensor:
-        return TV.gaussian_blur(image, [kernel_size] * 2, [sigma[row].item()] * 2) if row else image
-
-    blurred = augment.gaussian_blur(images, sigma, kernel_size)
-    assert_close(blurred, one_by_one(images, blur), dtype)
-    assert torch.equal(blurred[0], images[0])
+def test_types_and_layouts_round_the_same_views() -> None:
+    for spec, channels in ((EVERYTHING, 3), (GRAY, 1), (replace(EVERYTHING, sobel=True, mean=(), std=()), 3)):
+        spec = replace(spec, size=19)
+        images = smooth(7, channels, 25, 31)
+        exact = make(spec, images, "fused")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for channels_last in (False, True):
+                made = make(spec, images, "fused", dtype, channels_last=channels_last)
+                layout = torch.channels_last if channels_last else torch.contiguous_format
+                assert made.is_contiguous(memory_format=layout)
+                assert torch.equal(made, exact.to(dtype))
 
 
-@both_dtypes
-@all_shapes
-def test_sobel_equals_convolution(channels: int, size: int, dtype: torch.dtype) -> None:
-    images = torch.rand(BATCH, channels, size, size + 1, dtype=dtype)
-    across = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], dtype=torch.float64)
-    filters = torch.stack((across, across.T)).unsqueeze(1)
-    gray = one_by_one(images, lambda image, row: TV.rgb_to_grayscale(image))
-    assert_close(augment.sobel(images), F.conv2d(gray, filters, padding=1), dtype)
+def test_images_of_any_layout() -> None:
+    images = smooth(12, 3, 20, 30)
+    expected = make(EVERYTHING, images[::2].contiguous(), "fused")
+    assert torch.equal(make(EVERYTHING, images[::2], "fused"), expected)
+    last = images[::2].contiguous(memory_format=torch.channels_last)
+    assert torch.equal(make(EVERYTHING, last, "fused"), expected)
+    assert make(EVERYTHING, images[:1].expand(4, -1, -1, -1), "fused").isfinite().all()
 
 
-@both_dtypes
-@all_shapes
-def test_normalize_equals_torchvision(channels: int, size: int, dtype: torch.dtype) -> None:
-    images = torch.rand(BATCH, channels, size, size, dtype=dtype)
-    for count in {1, channels}:
-        mean, std = [0.49, 0.48, 0.45][:count], [0.25, 0.24, 0.26][:count]
-        expected = one_by_one(images, lambda image, row, m=mean, s=std: TV.normalize(image, m, s))
-        assert_close(augment.normalize(images, mean, std), expected, dtype)
+def test_reading_stays_within_the_images() -> None:
+    """The last image ends where a page ends that nobody may read beyond; vectors would."""
+    program = """
+import ctypes, mmap, torch
+from iic_dist.augment import Views
+from iic_dist.view_spec import ViewSpec
+page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+memory = mmap.mmap(-1, 3 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+for place in (0, 2 * page):
+    assert libc.mprotect(ctypes.c_void_p(start + place), page, 0) == 0
+for side in (5, 8, 17):
+    for first, count in ((page, 2), (2 * page - 2 * side * side, 2)):
+        images = torch.frombuffer(memory, dtype=torch.uint8, offset=first, count=count * side * side)
+        spec = ViewSpec(size=9, crop_area=(0.3, 1.0), rotation=20.0, affine_probability=0.5)
+        views = Views(spec, spec, spec, 20, seed=0, impl="fused")
+        rows = torch.arange(2)
+        views.training(images.view(2, 1, side, side), rows, rows, 0)
+        views.evaluation(images.view(2, 1, side, side), rows)
+print("within")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "within", run.stderr[-2000:]
 
 
-def test_operations_leave_their_input_alone() -> None:
-    images = colours(8, torch.float32)
-    before = images.clone()
-    ones = torch.full((BATCH,), 0.3)
-    augment.resized_crop(images, torch.tensor([[0.0, 0, 8, 8]]).expand(BATCH, 4), 8)
-    augment.affine(images, torch.full((BATCH, 6), 0.3))
-    for name in ("brightness", "contrast", "saturation", "hue"):
-        getattr(augment, f"adjust_{name}")(images, ones)
-    augment.gaussian_blur(images, ones, 3)
-    augment.sobel(images)
-    augment.normalize(images, (0.5,), (0.5,))
-    assert torch.equal(images, before)
+def test_threads_change_nothing() -> None:
+    images = smooth(40, 3, 40, 40)
+    before = torch.get_num_threads()
+    made = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            made.append(make(EVERYTHING, images, "fused"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(made[0], again) for again in made[1:])
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability: str) -> None:
+    program = f"""
+import sys; sys.path[:0] = {sys.path!r}
+import torch, ops.test_views as t
+from dataclasses import replace
+assert torch.backends.cpu.get_cpu_capability() != "AVX512"
+for size in (7, 32, 40):
+    t.assert_equal_twin(replace(t.EVERYTHING, size=size), t.smooth(9, 3, 33, 35))
+    t.assert_equal_twin(replace(t.GRAY, size=size, sobel=True, mean=(), std=()), t.smooth(9, 1, 33, 35))
+print("equal")
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == "equal", run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    op = torch.ops.iic_dist.augment_views.default
+    for changed in ({}, {"sobel": True, "channels_last": True}, {"mean": [], "std": []}):
+        torch.library.opcheck(op, arguments(dtype, **changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "quoted"),
+    [
+        ({"images": torch.zeros(3, 2, 9, 9, dtype=torch.uint8)}, r"\[3, 2, 9, 9\].*C = 1 or 3"),
+        ({"images": torch.zeros(3, 3, 9, 9)}, "uint8"),
+        ({"rows": torch.zeros(2)}, "rows.*int64"),
+        ({"rows": torch.tensor([0, 1, 2])}, "whole views"),
+        ({"parameters": torch.zeros(4, 16)}, r"\[4, 16\].*17"),
+        ({"size": 0}, "size=0"),
+        ({"blur_kernel": 4}, "blur_kernel=4"),
+        ({"blur_kernel": 17}, "blur_kernel=17"),
+        ({"mean": [0.5, 0.5], "std": [1.0, 1.0]}, "none, 1 or 3"),
+        ({"dtype": torch.float64}, "float32, bfloat16 or float16"),
+    ],
+)
+def test_what_callers_get_wrong(changed: dict[str, Any], quoted: str) -> None:
+    with pytest.raises(ValueError, match=quoted):
+        torch.ops.iic_dist.augment_views(*arguments(**changed))
+
+
+@pytest.mark.parametrize("row", [-1, 3])
+def test_a_row_that_is_not_there(row: int) -> None:
+    with pytest.raises(IndexError, match=f"row {row} of 3 images"):
+        torch.ops.iic_dist.augment_views(*arguments(rows=torch.tensor([0, row])))
+
+
+def test_no_image_no_view() -> None:
+    empty = torch.zeros(0, dtype=torch.int64)
+    made = torch.ops.iic_dist.augment_views(*arguments(rows=empty, parameters=torch.zeros(0, 17)))
+    assert made.shape == (0, 3, 8, 8)
+
+
+def test_which_implementation() -> None:
+    cpu = torch.device("cpu")
+    assert native.supported("auto", cpu, torch.float32)
+    assert native.supported("fused", cpu, torch.bfloat16)
+    assert not native.supported("torch", cpu, torch.float32)
+    assert not native.supported("auto", cpu, torch.float64)
+    with pytest.raises(RuntimeError, match="float64"):
+        native.supported("fused", cpu, torch.float64)
+    with pytest.raises(ValueError, match="'best'"):
+        native.supported("best", cpu, torch.float32)
+    with pytest.raises(RuntimeError, match="not meta"):
+        native.supported("fused", torch.device("meta"), torch.float32)

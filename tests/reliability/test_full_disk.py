@@ -12,15 +12,15 @@ import torch
 from disks import fill, small_disk
 from runs import STEPS_PER_EPOCH, Run, assert_equal, final_state
 
-from iic_dist import checkpoint
-from iic_dist.build import RunData
-from iic_dist.command_line import parse
-from iic_dist.data import ImageSet
+from iic_dist.config.build import RunData
+from iic_dist.config.command_line import parse
+from iic_dist.data.image_set import ImageSet
 from iic_dist.distributed import Place
 from iic_dist.errors import RunError
-from iic_dist.schedule import Pass
-from iic_dist.step_losses import Terms
-from iic_dist.trainer import Trainer
+from iic_dist.losses.step import Terms
+from iic_dist.training import checkpoint
+from iic_dist.training.schedule import Pass
+from iic_dist.training.trainer import Trainer
 
 EPOCHS = 4
 OPTIONS = ["--train.epochs", str(EPOCHS)]

@@ -11,13 +11,13 @@ import pytest
 import torch
 import yaml
 
-from iic_dist.build import RunData
-from iic_dist.command_line import parse
 from iic_dist.config import Config
-from iic_dist.data import ImageSet
+from iic_dist.config.build import RunData
+from iic_dist.config.command_line import parse
+from iic_dist.data.image_set import ImageSet
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
-from iic_dist.trainer import Trainer
+from iic_dist.training.trainer import Trainer
 
 ODD: list[Any] = [
     *(0, 1, -1, 2, 3, 7, 2**31, 2**63, 2**64, -(2**63), 10**30),

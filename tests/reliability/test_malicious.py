@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from iic_dist import checkpoint
+from iic_dist.training import checkpoint
 
 
 class Call:

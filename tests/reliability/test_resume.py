@@ -14,12 +14,12 @@ from ranks import Ranks
 from runs import assert_equal
 from torch import Tensor
 
-from iic_dist import report, restart
-from iic_dist.build import RunData
-from iic_dist.command_line import parse
-from iic_dist.data import ImageSet
+from iic_dist.config.build import RunData
+from iic_dist.config.command_line import parse
+from iic_dist.data.image_set import ImageSet
 from iic_dist.distributed import Place
-from iic_dist.trainer import Trainer
+from iic_dist.training import report, resume
+from iic_dist.training.trainer import Trainer
 
 # Forty steps: ten epochs of one pass of four steps, or two of four passes of five.
 JOINT = ["--data.batch_size", "12", "--train.epochs", "10", "--model.num_overclusters", "6"]
@@ -81,11 +81,11 @@ def test_a_run_that_dies_after_any_of_forty_steps_ends_alike(
         saved.append(tmp_path / f"{state['epoch']}-{state['step']}")
         return keep(saved[-1], state, loss)
 
-    keep = restart.save
-    monkeypatch.setattr(restart, "save", save_each)
+    keep = resume.save
+    monkeypatch.setattr(resume, "save", save_each)
     whole = trainer([*options, "--train.checkpoint_every_steps", "1", "--train.checkpoint_every", "1"])
     result = whole.train(tmp_path / "whole")
-    monkeypatch.setattr(restart, "save", keep)
+    monkeypatch.setattr(resume, "save", keep)
     assert whole.step == 40
     assert {int(path.name.split("-")[1]) for path in saved} == set(range(1, 41))
     for folder in saved[::every]:

@@ -1,0 +1,141 @@
+"""From presets, files and options to a checked config."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from iic_dist.config import Config
+from iic_dist.config.check import check
+from iic_dist.errors import UsageError
+
+PRESETS = Path(__file__).parent / "presets"
+_GROUPS = tuple(group.name for group in dataclasses.fields(Config))
+
+
+class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the settings alone, and a default where there is one; the texts say what None means."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Pass over what jsonargparse adds for whole groups, such as --run FILE, which is nothing to begin with."""
+        if action.dest not in _GROUPS:
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        text: str = super()._format_action_invocation(action)
+        return re.sub(r", --\S+\+ \S+$", "", text)  # --GROUP.FIELD+ appends to a list
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        named = "." in action.dest and action.default is not None
+        return f"{action.help} (default: %(default)s)" if named else str(action.help)
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(f"{' '.join(message.split())} (--help lists all options)") from ex
+
+
+_DESCRIPTION = """\
+Cluster unlabelled images, alone or under torchrun:
+
+  python -m iic_dist.train                              scikit-learn's digits, a minute
+  torchrun --nproc_per_node=2 -m iic_dist.train --data.name folder:photos --model.num_clusters 8
+  python -m iic_dist.train --config cifar10 --train.epochs 100
+
+Presets for --config:
+  {presets}
+
+A default below counts where neither the preset nor what is chosen for a folder sets the value;
+--print_config shows what a command line comes to."""
+
+
+def _presets() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m iic_dist.train",
+        usage="%(prog)s [--config NAME|FILE] [--GROUP.FIELD VALUE ...] [--print_config]",
+        description=_DESCRIPTION.format(presets=", ".join(_presets())),
+        formatter_class=_Help,
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="A preset's name or a YAML file; options given beside it win. Default: digits; for folder:DIR what "
+        "is chosen from the images.",
+    )
+    for group in dataclasses.fields(Config):
+        parser.add_class_arguments(group.default_factory, group.name)
+    return parser
+
+
+def _find(name: str) -> str:
+    """Return the file of a preset's name, or `name` itself where it is a file."""
+    preset = PRESETS / f"{name}.yaml"
+    if preset.is_file():
+        return str(preset)
+    if Path(name).is_file():
+        return name
+    raise UsageError(f"--config {name}: neither a file nor a preset ({', '.join(_presets())})")
+
+
+def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Take --config out of the options: its value, None where it is not there, and the others."""
+    config, rest = None, []
+    remaining = iter(arguments)
+    for argument in remaining:
+        argument = re.sub(r"(^|=)(\d+(?:,\d+)+)$", r"\1[\2]", argument)  # 5,10,20 is a list as well
+        if argument == "--config":
+            config = next(remaining, "")
+        elif argument.startswith("--config="):
+            config = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    return config, rest
+
+
+def parse(arguments: list[str] | None = None, choose: Callable[[Config], dict[str, Any]] | None = None) -> Config:
+    """Read the command line into a checked `Config`.
+
+    Args:
+        arguments: Options without the program's name; None takes the process's own.
+        choose: Asked for settings where the images are a folder's: gets the config so far and returns values by
+            "group.field". They take the place of the defaults, and of the preset where none is named.
+
+    Raises:
+        UsageError: an unknown option, a value of the wrong type, or values that do not fit together.
+    """
+    parser = _parser()
+    named, options = _split(sys.argv[1:] if arguments is None else arguments)
+    # --config comes first, so that the options win wherever they stand.
+    preset = ["--config", _find("digits" if named is None else named)]
+    if choose is not None:
+        first = _config(parser, preset + [option for option in options if not option.startswith("--print_config")])
+        if first.data.name.startswith("folder:"):
+            parser.set_defaults(choose(first))
+            preset = [] if named is None else preset
+    return _config(parser, preset + options)
+
+
+def _config(parser: _Parser, arguments: list[str]) -> Config:
+    try:
+        groups = parser.instantiate(parser.parse_args(arguments))
+    except UsageError:
+        raise
+    except Exception as error:  # jsonargparse has its own ones for files that are YAML but no settings
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"the settings cannot be read: {type(error).__name__}: {reason} (--help lists all)") from error
+    config = Config(**{group.name: getattr(groups, group.name) for group in dataclasses.fields(Config)})
+    check(config)
+    return config

@@ -1,0 +1,309 @@
+"""Everything that can be set about a run, typed and documented; `iic_dist.config.command_line` reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+HEADS = ("clustering", "overclustering", "contrastive")
+
+
+def _above_0(default: Any) -> Any:
+    """A field whose value must be above 0; `config.check` reads it."""
+    return field(default=default, metadata={"bound": "above 0"})
+
+
+def _at_least_0(default: Any) -> Any:
+    """A field whose value must be 0 or more."""
+    return field(default=default, metadata={"bound": "0 or more"})
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives and what it runs on.
+
+    Attributes:
+        name: Folder of the run under `root`. Default: the data set's name and the next free number.
+        root: Folder of all runs.
+        seed: Decides the initial weights, the order of the images and every view; from 0 to 2^63 - 1.
+        device: Where to compute; auto takes CUDA if there is a GPU.
+        threads: CPU threads of one rank. Default: under torchrun the machine's cores shared among its ranks.
+        resume: auto continues from the newest checkpoint of a run of this name; never refuses to touch one.
+        timeout_minutes: A collective that waits longer than this ends the run with an error.
+    """
+
+    name: str | None = None
+    root: str = "runs"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    resume: Literal["auto", "never"] = "auto"
+    timeout_minutes: float = _above_0(10.0)
+
+
+@dataclass
+class DataConfig:
+    """Which images are clustered.
+
+    Attributes:
+        name: digits, mnist, fashion-mnist, cifar10, cifar100-20, stl10, or folder:DIR.
+        root: Folder where named data sets are looked for and downloaded to.
+        download: Download a named data set that is not under `root`.
+        train_on: Images to train on; no label is used. all = training and test images (the paper's protocol).
+        evaluate_on: Images to evaluate on.
+        batch_size: Images in a step over all ranks (pairs = batch_size x views.repeats); must divide by the ranks.
+        unlabelled: Train the overclustering and contrastive heads also on the unlabelled images (stl10 only).
+        image_size: folder:DIR only: side in pixels that the images are resized and cropped to. Default: their median
+            shorter side, from 8 to 96.
+        channels: 1 makes all images gray, 3 makes them RGB. Default: 1 if no image has a colour, else 3.
+        folder_labels: folder:DIR only: the sub-folders are classes, used for evaluation.
+        cache: folder:DIR only: folder where the decoded images are kept for the next run; it may be deleted at any
+            time. Default: `decoded` under `root`.
+        workers: folder:DIR only: processes that decode; 0 = the run's own. Default: one a core, at most 16.
+        relist: folder:DIR only: look for changed files at the start; false trusts the listing kept in `cache`, which
+            saves a walk over millions of files on a slow disk.
+        device_budget_gib: Images up to this size (decoded, in GiB; training and evaluation images each) stay in the
+            memory of the device. Larger sets stay on the host, and each batch is copied while the step before it
+            runs; the training is the same bit for bit.
+    """
+
+    name: str = "digits"
+    root: str = "data"
+    download: bool = True
+    train_on: Literal["all", "train"] = "all"
+    evaluate_on: Literal["all", "train", "test"] = "all"
+    batch_size: int = _above_0(256)
+    unlabelled: bool = False
+    image_size: int | None = None
+    channels: Literal[1, 3] | None = None
+    folder_labels: bool = False
+    cache: str | None = None
+    workers: int | None = _at_least_0(None)
+    relist: bool = True
+    device_budget_gib: float = _at_least_0(4.0)
+
+
+@dataclass
+class ViewsConfig:
+    """Which views are made of an image. Fields left out are chosen by the policy.
+
+    Attributes:
+        policy: iic (weak crop against strong view), simclr (two strong views) or digits (two affine views).
+        repeats: Second views of each image in a step.
+        size: Side of the views in pixels. Default: the images' own.
+        crop_area: Range of the share of the image that a random crop keeps.
+        crop_sides: Sides in pixels that random square crops choose from (iic).
+        rotation: Largest rotation in degrees.
+        flip: Probability of a horizontal flip.
+        jitter: Factor on the policy's colour jitter; 0 turns it off.
+        gray: Probability of a gray view.
+        blur: Probability of a Gaussian blur.
+        sobel: Feed the two Sobel gradients of the gray image instead of its pixels.
+        mean: Channel means that are subtracted, of images in [0, 1]. Default: measured on the training images.
+        std: Channel deviations to divide by. Default: measured.
+        impl: auto makes views by the compiled op where it is built, but for float64; fused insists; torch is PyTorch.
+    """
+
+    policy: Literal["iic", "simclr", "digits"] = "digits"
+    repeats: int = _above_0(1)
+    size: int | None = None
+    crop_area: tuple[float, float] | None = None
+    crop_sides: list[int] | None = None
+    rotation: float | None = None
+    flip: float | None = None
+    jitter: float | None = None
+    gray: float | None = None
+    blur: float | None = None
+    sobel: bool | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    impl: Literal["auto", "fused", "torch"] = "auto"
+
+
+@dataclass
+class ModelConfig:
+    """The network: a backbone and up to three heads.
+
+    Attributes:
+        backbone: small_cnn, resnet18, resnet34, iic_resnet34, iic_vgg4, mobilenet_v2, or any torchvision model.
+        norm: Normalisation of the project's own backbones.
+        pretrained: Start from torchvision's ImageNet weights.
+        freeze_backbone: Train the heads alone.
+        num_clusters: Clusters wanted. Several numbers, as in 5,10,20, train one clustering head for each, and one of
+            them is recommended and used. Default: the number of classes of the data set.
+        num_overclusters: Clusters of the overclustering head; 0 = no such head.
+        sub_heads: Independent linear classifiers of each of these heads; the one of lowest loss is selected.
+        head_init_std: Deviation of the first weights of these heads. Default: 1 / sqrt(features); the paper's is 0.01.
+        projection_dim: Size of the contrastive embedding; 0 = no contrastive head.
+        projection_hidden: Hidden units of the contrastive head. Default: none, one linear layer.
+    """
+
+    backbone: str = "small_cnn"
+    norm: Literal["batch", "group", "none"] = "batch"
+    pretrained: bool = False
+    freeze_backbone: bool = False
+    num_clusters: int | list[int] | None = None
+    num_overclusters: int = _at_least_0(0)
+    sub_heads: int = _above_0(5)
+    head_init_std: float | None = _above_0(None)
+    projection_dim: int = _at_least_0(0)
+    projection_hidden: int | None = None
+
+
+@dataclass
+class LossConfig:
+    """The losses and their weights in a joint step.
+
+    Attributes:
+        impl: auto takes the compiled losses where they are built; fused insists; torch is plain PyTorch.
+        entropy_weight: Weight w of the marginal entropies in the IIC loss; 1 is mutual information, more pushes
+            harder towards clusters of equal size.
+        prior: Sizes that the clusters of the clustering head are pushed towards: uniform = equal ones; free = the
+            mutual information alone, whatever entropy_weight; else a file of K relative sizes, one a line, or a list.
+        temperature: Of the contrastive loss.
+        clustering: Weight of the clustering head's loss; several clustering heads share it.
+        overclustering: Weight of the overclustering head's loss.
+        contrastive: Weight of the contrastive loss.
+    """
+
+    impl: Literal["auto", "fused", "torch"] = "auto"
+    entropy_weight: float = _above_0(1.0)
+    prior: list[float] | str = "uniform"
+    temperature: float = _above_0(0.5)
+    clustering: float = _at_least_0(1.0)
+    overclustering: float = _at_least_0(1.0)
+    contrastive: float = _at_least_0(1.0)
+
+
+@dataclass
+class OptimConfig:
+    """How the weights are updated.
+
+    Attributes:
+        name: Optimizer.
+        lr: Learning rate.
+        contrastive_lr: Learning rate of steps that train the contrastive head alone. Default: `lr`.
+        schedule: Constant, or a cosine down to zero over the run.
+        warmup_epochs: Epochs over which the learning rate rises linearly from zero.
+        weight_decay: On weight matrices; not on biases and normalisation.
+        momentum: Of SGD.
+        clip_norm: Largest norm of the gradient; 0 = no limit.
+    """
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = _above_0(1e-3)
+    contrastive_lr: float | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: float = _at_least_0(0.0)
+    weight_decay: float = _at_least_0(0.0)
+    momentum: float = _at_least_0(0.9)
+    clip_norm: float = _at_least_0(0.0)
+
+
+@dataclass
+class TrainConfig:
+    """The course of the training.
+
+    Attributes:
+        epochs: Passes over the training images.
+        schedule: joint trains all heads in each step on one backbone pass; alternate gives each head its own pass
+            over the images in every epoch, in the order of `order`.
+        order: Heads of an epoch of the alternate schedule, first to last.
+        restart_after: A sub-head whose loss stays clearly above the lowest of the clustering head for so many epochs is
+            started again from the best one; 0 = never. Not done where several num_clusters are compared.
+        contrastive_warmup_epochs: First epochs in which only the contrastive head is trained.
+        precision: Of the network; bfloat16 is autocast with float32 weights.
+        channels_last: Memory format of the network; faster on GPUs.
+        compile: Compile the network with torch.compile.
+        sync_batchnorm: Batch normalisation over all ranks (CUDA only).
+        evaluate_every: Epochs between evaluations; 0 = only at the end.
+        evaluate_batch_size: Images of one forward pass of a rank in an evaluation.
+        checkpoint_every: Epochs between checkpoints; there is always one at the end, and one where a signal stops
+            the run. The newest three are kept, and the one of lowest loss.
+        checkpoint_every_steps: Steps between further checkpoints within an epoch; 0 = none.
+        max_skipped_steps: The run ends when more steps than this in a row had a loss or gradient that is not finite.
+    """
+
+    epochs: int = _above_0(50)
+    schedule: Literal["joint", "alternate"] = "joint"
+    order: list[str] = field(default_factory=lambda: ["overclustering", "clustering", "contrastive"])
+    restart_after: int = _at_least_0(15)
+    contrastive_warmup_epochs: int = _at_least_0(0)
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    sync_batchnorm: bool = False
+    evaluate_every: int = _at_least_0(10)
+    evaluate_batch_size: int = _above_0(1000)
+    checkpoint_every: int = _above_0(10)
+    checkpoint_every_steps: int = _at_least_0(0)
+    max_skipped_steps: int = _at_least_0(20)
+
+
+@dataclass
+class MonitorConfig:
+    """What can be watched.
+
+    Attributes:
+        log_every: Steps between lines of metrics.jsonl and points in TensorBoard.
+        pictures_every: Epochs between pictures in TensorBoard; 0 = only at the end.
+        progress: Show a progress bar.
+        kmeans: At the end, also cluster the raw pixels with k-means and print its accuracy, to compare.
+    """
+
+    log_every: int = _above_0(10)
+    pictures_every: int = _at_least_0(0)
+    progress: bool = True
+    kmeans: bool = False
+
+
+@dataclass
+class Config:
+    """All groups; the options of the command line are --GROUP.FIELD."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of heads that the model has, in the order of `HEADS`."""
+        present = (True, self.model.num_overclusters > 0, self.model.projection_dim > 0)
+        return tuple(head for head, there in zip(HEADS, present, strict=True) if there)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that the model has: one of each kind, or a clustering_K for each K of several."""
+        clusters = self.model.num_clusters
+        several = [f"clustering_{k}" for k in clusters] if isinstance(clusters, list) else ["clustering"]
+        return (*several, *self.kinds[1:])
+
+    @property
+    def clustering_heads(self) -> dict[str, int]:
+        """K of each clustering head of a complete config, by its name."""
+        clusters = self.model.num_clusters
+        if isinstance(clusters, list):
+            return {f"clustering_{k}": k for k in clusters}
+        assert clusters is not None, "complete() comes first"
+        return {"clustering": clusters}
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Channels and side in pixels of the images of a complete config, before views are made of them."""
+        size, channels = self.data.image_size, self.data.channels
+        assert size is not None, "complete() comes first"
+        assert channels is not None, "complete() comes first"
+        return channels, size
+
+    def to_yaml(self) -> str:
+        """Return all groups as YAML that `--config FILE` reads back."""
+        text: str = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        return text

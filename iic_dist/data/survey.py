@@ -1,0 +1,76 @@
+"""A look at a folder of images before they are decoded: how many, how large, in colour or gray."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from iic_dist.data.decode import MAX_PIXELS, decode_image, header_size
+from iic_dist.data.listing import list_images
+
+_HEADERS = 256  # files whose size is read
+
+
+_PIXELS = 32  # files that are decoded to see whether they have colours
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at a folder found.
+
+    Attributes:
+        num_images: Files that are images by their names.
+        num_read: Files whose header was read, spread evenly over all.
+        side: Median of their shorter sides, pixels.
+        colour: Whether any of a smaller sample has a colour.
+    """
+
+    num_images: int
+    num_read: int
+    side: int
+    colour: bool
+
+
+def survey(root: Path) -> Survey | None:
+    """Look at a folder: the sizes of some hundred images from their headers, the colours of some that are decoded.
+
+    Which files are looked at follows from the folder alone, so all ranks see the same.
+
+    Returns:
+        None where there is no image that can be read; loading the folder says why.
+    """
+    if not root.is_dir():
+        return None
+    paths = list_images(root, follow_links=False).paths
+    sides = [side for path in _spread(paths, _HEADERS) if (side := _shorter_side(root / path))]
+    if not sides:
+        return None
+    colour = any(_has_colour(root / path) for path in _spread(paths, _PIXELS))
+    return Survey(len(paths), len(sides), int(statistics.median(sides)), colour)
+
+
+def _spread(paths: list[str], count: int) -> list[str]:
+    """Pick up to `count` of the paths, evenly."""
+    count = min(count, len(paths))
+    return [paths[i * len(paths) // count] for i in range(count)]
+
+
+def _shorter_side(path: Path) -> int | None:
+    """Read an image's shorter side from its header; None where it cannot be read or is too large to be decoded."""
+    try:
+        width, height = header_size(path)
+    except Exception:  # a malformed file can raise nearly anything; loading names it
+        return None
+    return min(width, height) if width * height <= MAX_PIXELS else None
+
+
+def _has_colour(path: Path) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            red, green, blue = decode_image(path, 64)
+        except Exception:
+            return False
+    return bool((red != green).any() or (red != blue).any())

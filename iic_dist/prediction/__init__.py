@@ -1,0 +1,1 @@
+"""A trained run in use: images to clusters, tables, gallery, export."""

@@ -1,0 +1,107 @@
+"""Cluster all images of a folder, each rank its share, without holding them in memory."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from iic_dist import distributed
+from iic_dist.data.decode import reason_for
+from iic_dist.data.listing import list_images
+from iic_dist.errors import UsageError
+from iic_dist.prediction.clusterer import Clusterer, Prediction
+
+
+@dataclass(frozen=True)
+class FolderPrediction:
+    """The clusters of the images in a folder; the same on every rank, whatever their number.
+
+    Attributes:
+        root: The folder.
+        paths: Of each image that could be read, below `root`, in their order.
+        prediction: A row for each of these.
+        unreadable: (path, reason) of each of the others.
+    """
+
+    root: Path
+    paths: list[str]
+    prediction: Prediction
+    unreadable: list[tuple[str, str]]
+
+
+def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> FolderPrediction:
+    """Cluster every image under `root`, as `iic_dist.data.folder.load_folder` finds and decodes them.
+
+    The images are cut into the same batches whatever the number of ranks, because the network may round the last bit
+    differently in a batch of another size. Rank 0 lists the files.
+
+    Args:
+        clusterer: The run.
+        root: Where to look.
+        progress: Show a progress bar.
+
+    Raises:
+        UsageError: no such folder, or no image in it that can be read.
+
+    Collective: all ranks must call; gathers all predictions.
+    """
+    if not root.is_dir():
+        raise UsageError(f"the image folder {str(root)!r} {'is not a folder' if root.exists() else 'does not exist'}")
+    listing = distributed.broadcast(list_images(root, follow_links=False))
+    paths, unreadable = listing.paths, listing.refused
+    starts = range(0, len(paths), clusterer.batch_size)
+    world_size, rank = distributed.world_size(), distributed.rank()
+    own = starts[len(starts) * rank // world_size : len(starts) * (rank + 1) // world_size]
+    parts, kept, problems = [clusterer.predict([])], [], []
+    with warnings.catch_warnings(), tqdm(total=len(own), unit="batch", disable=not progress) as bar:
+        warnings.simplefilter("ignore")  # Pillow warns of oddities that it reads
+        for start, images in _decoded(clusterer, root, paths, own):
+            readable = [i for i, image in enumerate(images) if isinstance(image, Tensor)]
+            kept += [start + i for i in readable]
+            problems += [(paths[start + i], image) for i, image in enumerate(images) if isinstance(image, str)]
+            if readable:
+                parts.append(clusterer.predict_batch(torch.stack([images[i] for i in readable])))  # type: ignore[misc]
+            bar.update()
+    kept = list(itertools.chain(*distributed.gather_objects(kept)))
+    unreadable += itertools.chain(*distributed.gather_objects(problems))
+    if not kept:
+        first = f"; the first, {unreadable[0][0]!a}: {unreadable[0][1]}" if unreadable else ""
+        raise UsageError(f"none of the {len(unreadable)} image files in {str(root)!r} can be read{first}")
+    return FolderPrediction(root, [paths[i] for i in kept], _gathered(Prediction.join(parts)), sorted(unreadable))
+
+
+def _gathered(own: Prediction) -> Prediction:
+    """Join the predictions of all ranks, in rank order."""
+    sizes = distributed.gather_sizes(len(own))
+    gathered = {name: distributed.gather_rows(column, sizes) for name, column in own.columns().items()}
+    return Prediction(**gathered, selected=own.selected)
+
+
+def _decoded(
+    clusterer: Clusterer, root: Path, paths: list[str], starts: range
+) -> Iterator[tuple[int, list[Tensor | str]]]:
+    """Decode batch by batch in threads, one batch ahead of the network: an image, or why there is none."""
+
+    def read(path: str) -> Tensor | str:
+        try:
+            return clusterer.read(root / path)
+        except Exception as error:  # a malformed file can raise nearly anything
+            return reason_for(error)
+
+    with ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool:
+        ahead: tuple[int, list[Future[Tensor | str]]] | None = None
+        for start in (*starts, None):
+            following = None
+            if start is not None:
+                following = (start, [pool.submit(read, path) for path in paths[start : start + clusterer.batch_size]])
+            if ahead is not None:
+                yield ahead[0], [future.result() for future in ahead[1]]
+            ahead = following

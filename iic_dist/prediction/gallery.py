@@ -1,0 +1,175 @@
+"""One page that shows every cluster: its size, its most typical and its most doubtful images."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from iic_dist.data.decode import decode_image, header_size
+from iic_dist.files import write_whole
+from iic_dist.prediction.clusterer import Prediction
+from iic_dist.prediction.folder import FolderPrediction
+
+THUMBNAIL = 96
+"""Side of the images on the page, pixels; one of a smaller image has its own size."""
+
+MAX_THUMBNAILS = 1200
+"""On a page, however many images and clusters there are; at some 10 kB each at most. A cluster shows one at least."""
+
+_MOST = 12  # images of one kind that a cluster shows
+_SMALL = 48  # pixels; below, an image is enlarged without smoothing
+_OPTIMAL_ORDER = 300  # clusters; the best order of the leaves takes the square of their number, and time
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image on the page.
+
+    Attributes:
+        source: Its thumbnail as a data URI.
+        path: Below the image folder, as text.
+        name: The last part of the path.
+        confidence: Of its cluster.
+        small: Whether it is to be enlarged pixel by pixel.
+    """
+
+    source: str
+    path: str
+    name: str
+    confidence: float
+    small: bool
+
+
+@dataclass(frozen=True)
+class Card:
+    """A cluster on the page; confidence and agreement are means over its images."""
+
+    cluster: int
+    size: int
+    confidence: float
+    agreement: float
+    typical: list[Picture]
+    doubtful: list[Picture]
+
+
+def write(path: Path, found: FolderPrediction, agreement: Tensor, num_clusters: int) -> None:
+    """Write the page of a prediction, whole or not at all.
+
+    It holds all that it shows and asks for nothing from elsewhere. Its size is bounded by `MAX_THUMBNAILS`.
+
+    Args:
+        path: The file.
+        found: The images and their clusters.
+        agreement: (M,) of the sub-heads on each image.
+        num_clusters: K.
+    """
+    write_whole(path, page(found, agreement, num_clusters).encode())
+
+
+def page(found: FolderPrediction, agreement: Tensor, num_clusters: int) -> str:
+    """Return the page as HTML; see `write`."""
+    prediction = found.prediction
+    order = by_likeness(prediction)
+    each = max(1, min(_MOST, MAX_THUMBNAILS // (2 * len(order))))
+    cards = []
+    for cluster in order:
+        members = torch.nonzero(prediction.clusters == cluster).flatten()
+        typical, doubtful = shown(prediction, members, each)
+        cards.append(
+            Card(
+                cluster,
+                len(members),
+                float(prediction.confidence[members].mean()),
+                float(agreement[members].mean()),
+                [_picture(found, i) for i in typical],
+                [_picture(found, i) for i in doubtful],
+            )
+        )
+    loader = jinja2.PackageLoader("iic_dist.prediction")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("gallery.html").render(
+        folder=_text(str(found.root)),
+        num_images=len(found.paths),
+        num_clusters=num_clusters,
+        num_unreadable=len(found.unreadable),
+        confidence=float(prediction.confidence.mean()),
+        agreement=float(agreement.mean()),
+        empty=sorted(set(range(num_clusters)) - set(order)),
+        largest=max(card.size for card in cards),
+        cards=cards,
+    )
+
+
+def by_likeness(prediction: Prediction) -> list[int]:
+    """Order the clusters that have images so that alike ones stand next to each other.
+
+    The order is that of the leaves of a tree: average linkage of the cosine distances between the clusters' mean
+    embeddings.
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage  # half a second to import, and only this needs it
+
+    clusters = [int(cluster) for cluster in prediction.clusters.unique()]
+    if len(clusters) < 3:
+        return clusters
+    means = np.stack([_unit(prediction.embeddings[prediction.clusters == k].double().mean(0)) for k in clusters])
+    tree = linkage(means, "average", metric="cosine", optimal_ordering=len(clusters) <= _OPTIMAL_ORDER)
+    return [clusters[leaf] for leaf in leaves_list(tree)]
+
+
+def shown(prediction: Prediction, members: Tensor, each: int) -> tuple[list[int], list[int]]:
+    """Choose the images of a cluster that are shown, none twice.
+
+    Args:
+        prediction: Of all M images.
+        members: (m,) int64, those of the cluster.
+        each: How many of a kind at most.
+
+    Returns:
+        The typical ones, nearest by angle to the mean embedding first, and the doubtful ones, least sure first.
+    """
+    embeddings = prediction.embeddings[members].double().numpy()
+    lengths = np.linalg.norm(embeddings, axis=1)
+    nearness = embeddings @ _unit(torch.from_numpy(embeddings.mean(0))) / np.maximum(lengths, 1e-12)
+    nearest = np.argsort(-nearness, kind="stable")[: min(each, (len(members) + 1) // 2)]
+    rest = np.setdiff1d(np.arange(len(members)), nearest)
+    least_sure = rest[np.argsort(prediction.confidence[members].numpy()[rest], kind="stable")][:each]
+    return members[torch.from_numpy(nearest)].tolist(), members[torch.from_numpy(least_sure)].tolist()
+
+
+def thumbnail(path: Path) -> tuple[str, int]:
+    """Return an image as a data URI, the part of it that the network sees, and its side in pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        side = min(THUMBNAIL, *header_size(path))
+        pixels = decode_image(path, side).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    kind = "png" if side < _SMALL else "jpeg"
+    Image.fromarray(pixels).save(buffer, kind, optimize=True, **({"quality": 80} if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", side
+
+
+def _picture(found: FolderPrediction, index: int) -> Picture:
+    path = found.paths[index]
+    source, side = thumbnail(found.root / path)
+    confidence = float(found.prediction.confidence[index])
+    return Picture(source, _text(path), _text(path.rsplit("/", 1)[-1]), confidence, side < _SMALL)
+
+
+def _text(path: str) -> str:
+    """Turn a file name into text that UTF-8 can hold."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _unit(vector: Tensor) -> np.ndarray:
+    length = float(vector.norm())
+    return (vector / length if length else torch.ones_like(vector)).numpy()

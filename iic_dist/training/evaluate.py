@@ -1,0 +1,40 @@
+"""A trained run, loaded and judged again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from iic_dist import distributed
+from iic_dist.config.build import load_data
+from iic_dist.distributed import Place
+from iic_dist.errors import UsageError
+from iic_dist.training.run_folder import settings_of
+from iic_dist.training.trainer import Trainer
+
+
+def evaluate_run(run: Path, place: Place, changes: Sequence[str] = (), best: bool = False) -> dict[str, Any]:
+    """Load a run and evaluate it; return the contents of its result.json.
+
+    Args:
+        run: Its folder.
+        place: This rank.
+        changes: Options as those of the training that replace what the run was trained with, such as
+            ["--data.evaluate_on", "test"].
+        best: Take the checkpoint of lowest loss instead of the newest.
+
+    Raises:
+        UsageError: there is no such run, or it has no checkpoint that verifies.
+
+    Collective: all ranks must call.
+    """
+    config = settings_of(run, changes)
+    device = distributed.choose_device(config.run.device, place)
+    distributed.use_threads(config.run.threads, place)
+    distributed.start(place, device, config.run.timeout_minutes)
+    trainer = Trainer(config, load_data(config, place), place, device)
+    if not trainer.resume(run, best=best):
+        which = "with a loss" if best else "that verifies"
+        raise UsageError(f"--run {run}: there is no checkpoint {which} in {run / 'checkpoints'}")
+    return trainer.evaluate()

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from iic_dist.config import Config
+from iic_dist.config.command_line import PRESETS, parse
+from iic_dist.errors import UsageError
+
+
+def test_no_argument_means_the_digits_preset() -> None:
+    assert parse([]) == parse(["--config", "digits"])
+    assert (
+        parse([]).loss.entropy_weight == yaml.safe_load((PRESETS / "digits.yaml").read_text())["loss"]["entropy_weight"]
+    )
+
+
+def test_help_lists_every_setting_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    settings = [f"--{group}.{name}" for group, fields in dataclasses.asdict(Config()).items() for name in fields]
+    assert listed == ["--config", "--print_config", *settings]
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_a_preset_sets_what_it_says(preset: str) -> None:
+    config, written = parse(["--config", preset]), yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
+    for group, fields in written.items():
+        for name, value in fields.items():
+            assert getattr(getattr(config, group), name) == value, f"{group}.{name}"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--config=cifar10", "--optim.lr=0.5"], ["--optim.lr", "0.5", "--config", "cifar10"]]
+)
+def test_options_win_over_the_preset_wherever_they_stand(arguments: list[str]) -> None:
+    config = parse(arguments)
+    assert config.optim.lr == 0.5
+    assert config.model.backbone == "resnet18"
+
+
+def test_the_yaml_of_a_config_reads_back(tmp_path: Path) -> None:
+    config = parse(["--config", "cifar10-iic", "--views.crop_area", "[0.3, 0.9]", "--run.name", "a.b-c_1"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_the_heads_follow_from_their_sizes() -> None:
+    config = Config()
+    assert config.heads == ("clustering",)
+    config.model.projection_dim = 8
+    assert config.heads == ("clustering", "contrastive")
+    config.model.num_overclusters = 20
+    assert config.heads == ("clustering", "overclustering", "contrastive")
+
+
+def test_several_numbers_of_clusters_have_a_head_each() -> None:
+    config = parse(["--model.num_clusters", "5,10,20"])
+    assert config.model.num_clusters == [5, 10, 20]
+    assert config == parse(["--model.num_clusters=[5,10,20]"])
+    assert config.heads == ("clustering_5", "clustering_10", "clustering_20", "overclustering", "contrastive")
+    assert config.clustering_heads == {"clustering_5": 5, "clustering_10": 10, "clustering_20": 20}
+    config.model.num_clusters = 7
+    assert config.heads == ("clustering", "overclustering", "contrastive")
+    assert config.clustering_heads == {"clustering": 7}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data.batch_size", "many"], "data.batch_size.*many"),
+        (["--data.batch_size", "0"], "data.batch_size=0: must be above 0"),
+        (["--data.bach_size", "1"], "bach_size"),
+        (["--config", "cifar11"], "--config cifar11.*cifar10"),
+        (["--run.device", "tpu"], "run.device.*tpu"),
+        (["--data.workers", "-1"], "data.workers=-1: must be 0 or more"),
+        (["--data.device_budget_gib", "-2"], "data.device_budget_gib=-2.0: must be 0 or more"),
+        (["--optim.lr", "-1"], "optim.lr=-1.0: must be above 0"),
+        (["--optim.lr", "inf"], "optim.lr.*inf"),
+        (["--loss.temperature", "0"], "loss.temperature=0.0"),
+        (["--run.seed", "-3"], "run.seed=-3"),
+        (["--model.num_clusters", "1"], "model.num_clusters=1: must be 2 or more"),
+        (["--model.num_clusters", "5,1"], r"model.num_clusters=\[5, 1\]: must be one number, or several different"),
+        (["--model.num_clusters", "5,5"], r"model.num_clusters=\[5, 5\]: must be"),
+        (["--model.num_clusters", "[7]"], r"model.num_clusters=\[7\]: must be"),
+        (["--model.num_clusters", "5,8", "--model.sub_heads", "2"], "model.sub_heads=2: .*at least 3"),
+        (["--model.num_clusters", "5,8", "--loss.prior", "sizes.txt"], r"loss.prior='sizes.txt'.*not of \[5, 8\]"),
+        (["--model.num_clusters", "2", "--loss.prior", "[1, -2]"], r"loss.prior=\[1.0, -2.0\]: must be uniform, free"),
+        (["--train.restart_after", "-1"], "train.restart_after=-1: must be 0 or more"),
+        (["--train.order", "[clustering, nonsense]"], "train.order=.*nonsense"),
+        (["--config", "cifar10-alternate", "--train.order", "[clustering]"], "overclustering, contrastive"),
+        (
+            ["--config", "cifar10-iic", "--train.contrastive_warmup_epochs", "3"],
+            "no contrastive head.*projection_dim",
+        ),
+        (["--config", "stl10-iic", "--model.num_overclusters", "0"], "data.unlabelled=true"),
+        (["--views.crop_area", "0.2"], "views.crop_area.*0.2"),
+        (["--train.epochs"], "train.epochs"),
+        (["surplus"], "surplus"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_field(arguments: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=says) as caught:
+        parse(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("data: {name: [")
+    with pytest.raises(UsageError) as caught:
+        parse(["--config", str(broken)])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,169 @@
+"""What is chosen for a folder of images, and that options and files win over it."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from small_runs import train_on, write_colours, write_digits
+
+from iic_dist.config import Config, folder
+from iic_dist.config.build import load_data
+from iic_dist.config.command_line import parse
+from iic_dist.config.folder import settings
+from iic_dist.data.survey import Survey, survey
+from iic_dist.distributed import Place
+from iic_dist.errors import UsageError
+
+
+def asked(*arguments: str) -> tuple[Config, str]:
+    """Parse as the training command does; return the config and what was printed."""
+    lines: list[str] = []
+    config = parse(list(arguments), partial(folder.choose, say=lines.append))
+    return config, "\n".join(lines)
+
+
+def test_a_survey_of_mixed_files(tmp_path: Path) -> None:
+    for number, size in enumerate([(10, 40), (50, 20), (30, 31)]):
+        Image.effect_noise(size, 50).save(tmp_path / f"{number}.png")
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    assert survey(tmp_path) == Survey(num_images=4, num_read=3, side=20, colour=False)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.jpg")
+    found = survey(tmp_path)
+    assert found is not None
+    assert found.colour
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16", "P", "RGB", "RGBA", "CMYK"])
+def test_gray_is_gray_in_every_mode(mode: str, tmp_path: Path) -> None:
+    gray = Image.effect_noise((16, 16), 80)
+    picture = gray.convert("RGB").convert(mode) if mode in ("RGBA", "CMYK", "RGB", "LA", "1") else gray
+    if mode == "P":
+        picture = gray.convert("P")  # from RGB, the palette of the web would dither with colours
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    picture.save(tmp_path / ("image.tif" if mode == "CMYK" else "image.png"))
+    assert survey(tmp_path) == Survey(1, 1, 16, False)
+
+
+def test_only_some_hundred_headers_are_read(tmp_path: Path) -> None:
+    Image.new("L", (9, 9)).save(tmp_path / "0.png")
+    for number in range(1, 600):
+        (tmp_path / f"{number}.png").hardlink_to(tmp_path / "0.png")
+    assert survey(tmp_path) == Survey(600, 256, 9, False)
+
+
+def chosen(found: Survey, **asked_for: int | None) -> dict[str, object]:
+    nothing: dict[str, int | None] = {"image_size": None, "channels": None, "num_clusters": 10}
+    return {name: choice.value for name, choice in settings(found, **{**nothing, **asked_for}).items()}
+
+
+def test_what_is_chosen() -> None:
+    digits = chosen(Survey(1797, 256, 8, False))
+    assert digits["views.policy"] == "digits"
+    assert digits["model.backbone"] == "small_cnn"
+    assert (digits["data.image_size"], digits["data.batch_size"], digits["train.epochs"]) == (8, 128, 67)
+    photographs = chosen(Survey(50_000, 256, 480, True), num_clusters=20)
+    assert photographs["views.policy"] == "simclr"
+    assert photographs["model.backbone"] == "resnet18"
+    assert (photographs["data.image_size"], photographs["data.batch_size"]) == (96, 256)
+    assert photographs["model.num_overclusters"] == 60
+    assert chosen(Survey(100, 100, 480, True), image_size=20, channels=1)["model.backbone"] == "small_cnn"
+
+
+def test_a_batch_is_never_more_than_the_images() -> None:
+    chance = random.Random(0)
+    for count in [*range(1, 40), *(chance.randrange(40, 100_000) for _ in range(200))]:
+        choices = chosen(Survey(count, 1, chance.randrange(1, 5000), chance.random() < 0.5))
+        batch, size, epochs = (choices[name] for name in ("data.batch_size", "data.image_size", "train.epochs"))
+        assert isinstance(batch, int)
+        assert isinstance(size, int)
+        assert isinstance(epochs, int)
+        assert 1 <= batch <= min(256, count)
+        assert batch & (batch - 1) == 0  # divides by 2, 4, 8 ranks
+        assert 8 <= size <= 96
+        assert 30 <= epochs <= 400
+
+
+def test_options_and_files_win(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    write_digits(images, 40)
+    name = ["--data.name", f"folder:{images}", "--model.num_clusters", "3"]
+    config, said = asked(*name)
+    assert (config.data.image_size, config.data.batch_size, config.model.num_overclusters) == (8, 16, 9)
+    assert config.train.epochs == 400
+    assert "40 images, gray, 8 px at the median shorter side (40 looked at)" in said
+    assert "--data.batch_size 16" in said
+    config, _ = asked(*name, "--data.batch_size", "20", "--views.policy=simclr", "--data.image_size", "64")
+    assert (config.data.batch_size, config.views.policy, config.model.backbone) == (20, "simclr", "resnet18")
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({"data": {"name": f"folder:{images}"}, "optim": {"lr": 0.5}}))
+    config, said = asked("--config", str(own), "--model.num_clusters", "3")
+    assert (config.optim.lr, config.data.batch_size) == (0.5, 16)
+    assert said
+    config, _ = asked("--config", "cifar10", *name)
+    assert (config.data.batch_size, config.data.image_size, config.train.epochs) == (512, 8, 500)
+
+
+def test_the_named_sets_are_left_alone() -> None:
+    assert asked() == (parse([]), "")
+    assert asked("--config", "cifar10") == (parse(["--config", "cifar10"]), "")
+
+
+@pytest.mark.parametrize("folder", ["missing", "empty", "bad"])
+def test_a_folder_without_images_is_said_by_loading_it(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "bad.png").write_bytes(b"bad")
+    config, said = asked("--data.name", f"folder:{tmp_path / folder}")
+    assert said == ""
+    with pytest.raises(UsageError, match=folder):
+        load_data(config, Place())
+
+
+def test_all_that_is_chosen_stands_in_config_yaml(gray_run: Path, gray_images: Path, colour_run: Path) -> None:
+    written = yaml.safe_load((gray_run / "config.yaml").read_text())
+    expected, _ = asked("--data.name", f"folder:{gray_images}", "--model.num_clusters", "3")
+    assert written["data"]["batch_size"] == expected.data.batch_size == 16
+    assert (written["data"]["image_size"], written["data"]["channels"], written["views"]["size"]) == (8, 1, 8)
+    assert len(written["views"]["mean"]) == len(written["views"]["std"]) == 1
+    written = yaml.safe_load((colour_run / "config.yaml").read_text())
+    assert (written["data"]["image_size"], written["data"]["channels"]) == (12, 3)
+    assert len(written["views"]["mean"]) == 3
+
+
+def test_channels_can_be_asked_for(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    write_colours(images, 20)
+    small = ["--train.epochs", "1", "--model.backbone", "small_cnn"]
+    run = train_on(images, tmp_path, "--data.channels", "1", *small)
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert (written["data"]["channels"], written["views"]["policy"]) == (1, "digits")
+    assert json.loads((run / "result.json").read_text())["num_images"] == 20
+
+
+def test_gray_channels_are_pillows(tmp_path: Path) -> None:
+    write_colours(tmp_path, 3)
+    arguments = ["--data.name", f"folder:{tmp_path}", "--data.image_size", "12", "--data.channels"]
+    gray = load_data(parse([*arguments, "1"]), Place()).train.images
+    colour = load_data(parse([*arguments, "3"]), Place()).train.images
+    assert gray.shape == (3, 1, 12, 12)
+    for one, three in zip(gray, colour, strict=True):
+        luma = Image.fromarray(three.permute(1, 2, 0).numpy()).convert("L")
+        assert np.array_equal(one[0].numpy(), np.asarray(luma))
+
+
+def test_a_named_set_has_its_own_size() -> None:
+    from iic_dist.config.complete import complete
+
+    config = parse(["--data.image_size", "64"])
+    with pytest.raises(UsageError, match=r"data.image_size=64: the images of 'digits' have their own, 8"):
+        complete(config, load_data(config, Place()).train)

@@ -1,0 +1,250 @@
+"""What the tests run on several ranks; importable, so that it can be sent to them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iic_dist import distributed
+from iic_dist.config.build import load_data
+from iic_dist.config.command_line import parse
+from iic_dist.distributed import Place
+from iic_dist.losses import iic_loss, nt_xent_loss, start_nt_xent_loss
+from iic_dist.models import SubHeads
+from iic_dist.prediction.clusterer import load
+from iic_dist.prediction.folder import FolderPrediction, predict_folder
+from iic_dist.training import resume
+from iic_dist.training.stuck import StuckSubHeads
+from iic_dist.training.trainer import Trainer
+
+ENTROPY_WEIGHT = 1.5
+PRIOR = (1.0, 2.0, 3.0, 4.0, 10.0)
+TEMPERATURE = 0.2
+
+
+def small_model(loss: str) -> nn.Module:
+    """A norm-free network in float64 whose output is (B, 3, 5) logits or (B, 6) embeddings."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 6 if loss == "nt_xent" else 15)]
+    if loss != "nt_xent":
+        layers.append(nn.Unflatten(1, (3, 5)))
+    return nn.Sequential(*layers).double()
+
+
+def value_and_gradient(
+    rank: int, group: dist.ProcessGroup, loss: str, first: Tensor, second: Tensor, shards: list[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return this rank's value of the global loss, and its parameter gradients after DDP's average.
+
+    `first` is (G, 7) and `second` (R, G, 7); rank r takes shards[r] of the G samples.
+    """
+    start = sum(shards[:rank])
+    own = slice(start, start + shards[rank])
+    model = DistributedDataParallel(small_model(loss), process_group=group)
+    repeats = second.shape[0]
+    outputs = model(torch.cat([first[own], second[:, own].flatten(0, 1)]))
+    a, b = outputs[: shards[rank]], outputs[shards[rank] :]
+    if loss != "nt_xent":
+        prior = torch.tensor(PRIOR, dtype=torch.float64) if loss == "iic with a prior" else None
+        value = iic_loss(a, b, entropy_weight=ENTROPY_WEIGHT, prior=prior, group=group).loss.sum()
+    else:
+        assert repeats == 1
+        value = nt_xent_loss(a, b, temperature=TEMPERATURE, group=group)
+    value.backward()
+    return value.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+def interleaved_losses(
+    rank: int, group: dist.ProcessGroup, first: Tensor, second: Tensor, shards: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return both global losses of rows of 6, computed IIC while the embeddings are gathered."""
+    start = sum(shards[:rank])
+    a, b = (x[start : start + shards[rank]] for x in (first, second))
+    finish = start_nt_xent_loss(a, b, temperature=TEMPERATURE, group=group)
+    iic = iic_loss(a.reshape(-1, 2, 3), b.reshape(-1, 2, 3), group=group).loss.sum()
+    return finish(), iic
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the bytes that ops write into new memory, an allocation alone aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        if any(name in str(function) for name in ("copy", "cat", "clone", "_to_")):
+            self.bytes += result.nbytes
+        return result
+
+
+def bytes_copied_by_gather(rank: int, group: dist.ProcessGroup, sizes: list[int]) -> int:
+    """Gather float32 rows of 8 and return what was copied beside the collective."""
+    with _Copies() as copies:
+        distributed.gather_rows(torch.ones(sizes[rank], 8), sizes, group)
+    return copies.bytes
+
+
+def gather(rank: int, group: dist.ProcessGroup, sizes: list[int]) -> tuple[list[int], Tensor]:
+    """Gather rows that name their rank and place."""
+    own = torch.tensor([[rank, i] for i in range(sizes[rank])], dtype=torch.int64).reshape(-1, 2)
+    known = distributed.gather_sizes(len(own), group)
+    return known, distributed.gather_rows(own, known, group)
+
+
+def single_pair(rank: int, group: dist.ProcessGroup) -> str:
+    """Return the error of a global batch of one image."""
+    try:
+        nt_xent_loss(torch.ones(1, 3), torch.ones(1, 3), group=group)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def after_the_local_main(rank: int, group: dist.ProcessGroup, folder: str) -> bool:
+    """Local rank 0 takes its time to write a file; say whether it was there when this rank's turn came."""
+    done = Path(folder) / "done"
+    with distributed.local_main_first(Place(rank, 4, rank, 4)):
+        if rank == 0:
+            time.sleep(0.5)
+            done.touch()
+        return done.exists()
+
+
+def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[str], steps: int) -> dict[str, object]:
+    """Train for some steps on all ranks of the default group; return losses, weights, evaluation."""
+    trainer = small_trainer(rank, arguments)
+    losses = []
+    passes = trainer.schedule.passes(0)
+    for step in range(steps):
+        terms = trainer.train_step(passes[step % len(passes)], step // len(passes))
+        losses += [float(t if isinstance(t, Tensor) else t.loss.mean()) for t in terms.values()]
+    parameters = torch.cat([p.detach().flatten() for p in trainer.learner.model.parameters()])
+    figures = trainer.evaluate()
+    return {
+        "losses": losses,
+        "parameters": parameters,
+        "accuracy": figures["accuracy"],
+        "nmi": figures["nmi"],
+        "choices": figures["choices"],
+    }
+
+
+def collectives_of_a_step(rank: int, group: dist.ProcessGroup, arguments: list[str]) -> list[tuple[str, int]]:
+    """Take a training step on all ranks of the default group; return name and bytes of what its losses exchange.
+
+    Gathered bytes are those of the whole. What DDP exchanges does not pass through Python.
+    """
+    config = parse(arguments)
+    place = Place(rank, dist.get_world_size(), rank, dist.get_world_size())
+    trainer = Trainer(config, load_data(config, place), place, torch.device("cpu"))
+    seen: list[tuple[str, int]] = []
+    reduce, gather = dist.all_reduce, dist.all_gather_into_tensor
+
+    def counted_reduce(tensor: Tensor, *more: object, **options: object) -> object:
+        seen.append(("all_reduce", tensor.nbytes))
+        return reduce(tensor, *more, **options)
+
+    def counted_gather(whole: Tensor, *more: object, **options: object) -> object:
+        seen.append(("all_gather", whole.nbytes))
+        return gather(whole, *more, **options)
+
+    dist.all_reduce, dist.all_gather_into_tensor = counted_reduce, counted_gather
+    try:
+        trainer.train_step(trainer.schedule.passes(0)[0], 0)
+    finally:
+        dist.all_reduce, dist.all_gather_into_tensor = reduce, gather
+    return seen
+
+
+def train_on(rank: int, group: dist.ProcessGroup | None, arguments: list[str], folder: str, steps: int) -> Tensor:
+    """Go on with a run up to a step of its first epoch, save it, and return all weights and statistics."""
+    trainer = small_trainer(rank, arguments)
+    trainer.resume(Path(folder))
+    for each, position in trainer.schedule.steps(0)[trainer.step : steps]:
+        trainer.train_step(each, position)
+    resume.save(Path(folder), trainer.state_dict())
+    distributed.barrier()
+    return torch.cat([value.detach().double().flatten() for value in trainer.learner.model.state_dict().values()])
+
+
+def small_trainer(rank: int, arguments: list[str]) -> Trainer:
+    """Make a trainer for this rank of the default group."""
+    config = parse(arguments)
+    world_size = distributed.world_size()
+    place = Place(rank, world_size, rank, world_size)
+    return Trainer(config, load_data(config, place), place, torch.device("cpu"))
+
+
+def bad_step(rank: int, group: dist.ProcessGroup, arguments: list[str], place: str, value: float) -> dict[str, object]:
+    """Take a step, one with `value` in some place of rank 1, and one more; say what the bad one did."""
+    trainer = small_trainer(rank, arguments)
+    (each, _), *_ = trainer.schedule.steps(0)
+
+    def state() -> list[Tensor]:
+        learned = trainer.state_dict()
+        moments = [v for each in learned["optimizer"]["state"].values() for v in each.values()]
+        return [v.clone() for v in (*learned["model"].values(), *moments) if v.is_floating_point()]
+
+    def spoil(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return output.clone().index_fill_(0, torch.tensor([3]), value)
+
+    trainer.train_step(each, 0)
+    before = state()
+    remove = []
+    if rank == 1 and place == "views":
+        make = trainer._make_views
+        trainer._make_views = lambda *what: spoil(nn.Identity(), None, make(*what))  # type: ignore[method-assign]
+        remove.append(lambda: setattr(trainer, "_make_views", make))
+    elif rank == 1 and place == "gradient":
+        weight = next(trainer.learner.model.parameters())
+        remove.append(weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), value)).remove)
+    elif rank == 1:
+        module = trainer.learner.model.backbone if place == "features" else trainer.learner.model.heads[place]
+        remove.append(module.register_forward_hook(spoil).remove)
+    trainer.train_step(each, 1)
+    for undo in remove:
+        undo()
+    after = state()
+    trainer.train_step(each, 2)
+    trainer.learner.guard.heed(leave=0)
+    return {
+        "skipped": trainer.learner.guard.skipped,
+        "unchanged": all(map(torch.equal, before, after)),
+        "finite": all(bool(value.isfinite().all()) for value in state()),
+        "moved_afterwards": not all(map(torch.equal, after, state())),
+    }
+
+
+def predicted(rank: int, group: dist.ProcessGroup | None, run: Path, images: Path) -> FolderPrediction:
+    """Cluster a folder on all ranks of the default group."""
+    return predict_folder(load(run, "cpu"), images)
+
+
+def watched_sub_heads(patience: int, seed: int = 0) -> tuple[StuckSubHeads, SubHeads, torch.optim.Optimizer]:
+    """Four sub-heads of four clusters after two steps of Adam, and what watches them."""
+    torch.manual_seed(1)
+    head = SubHeads(200, 4, 4)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        head(torch.randn(8, 200)).square().sum().backward()
+        optimizer.step()
+    return StuckSubHeads({"clustering": head}, optimizer, patience, seed), head, optimizer
+
+
+def restarted_weights(rank: int, group: dist.ProcessGroup | None) -> tuple[Tensor, list[int]]:
+    """Let the first rank see another stuck sub-head than the others of the default group; return weights, restarts."""
+    watched, head, _ = watched_sub_heads(patience=1)
+    losses = torch.full((4,), -2.0)
+    losses[1 + min(rank, 2)] = -1.0
+    watched.end_pass(["clustering"], {"clustering": losses}, 3)
+    return head.linear.weight.detach(), watched.restarts["clustering"]

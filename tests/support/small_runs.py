@@ -1,0 +1,66 @@
+"""Small folders of images and small runs on them, for the tests of what is done with a trained run."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from iic_dist.config import folder
+from iic_dist.config.command_line import parse
+from iic_dist.distributed import Place
+from iic_dist.train import train
+from iic_dist.training.stop import StopSignals
+
+ODD_NAMES = (
+    b'comma, "quote" and space.png',
+    b"line\nfeed.png",
+    b"carriage\rreturn.png",
+    b"=1+1.png",
+    b"latin-\xe9.png",
+    "日本語 ü.png".encode(),
+    b"\"><img src=x onerror=alert(1)> & 'x'.png",
+    b"{{ 7 * 7 }}.png",
+)
+"""File names that break tables and pages that are not careful; one is not UTF-8."""
+
+
+def write_digits(folder: Path, count: int) -> Path:
+    """Write scikit-learn's first digits below 3 as PNG, one sub-folder a digit."""
+    digits = load_digits(n_class=3)
+    for number, (image, label) in enumerate(zip(digits.images[:count], digits.target, strict=False)):
+        path = folder / str(label) / f"{number:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(path)
+    return folder
+
+
+def write_colours(folder: Path, count: int) -> Path:
+    """Write noise with a tint of red, green or blue, 14 x 12."""
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 120, (12, 14, 3), dtype=np.uint8)
+        pixels[..., number % 3] += 100
+        Image.fromarray(pixels).save(folder / f"{number:03}.png")
+    return folder
+
+
+def write_odd_names(folder: Path) -> Path:
+    """Write an image under each of ODD_NAMES."""
+    for number, name in enumerate(ODD_NAMES):
+        with open(bytes(folder) + b"/" + name, "wb") as file:
+            Image.effect_noise((9, 9), 20 + 10 * number).save(file, "png")
+    return folder
+
+
+def train_on(images: Path, root: Path, *options: str) -> Path:
+    """Train in this process on a folder of images, three clusters; return the run's folder."""
+    arguments = [
+        *("--data.name", f"folder:{images}", "--model.num_clusters", "3", "--run.root", str(root), "--run.name", "run"),
+        *("--run.threads", "1", "--run.device", "cpu", "--monitor.progress", "false"),
+        *("--data.cache", str(root / "decoded"), "--train.evaluate_batch_size", "16", *options),
+    ]
+    train(parse(arguments, partial(folder.choose, say=lambda line: None)), Place(), StopSignals())
+    return root / "run"
