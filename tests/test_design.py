@@ -1,7 +1,7 @@
 """docs/design.md keeps its word: each worked example is applied to a copy of the tree, and its commands run there.
 
 An example is a section whose blocks stand under the path of a file: `diff` changes it, another language is the whole of
-a new file. Its `sh` block holds the commands. That the changes still fit the tree is quick to see; the commands are slow.
+a new file. Its `sh` block holds the commands, which are slow; that the changes still fit the tree is quick to see.
 """
 
 from __future__ import annotations

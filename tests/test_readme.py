@@ -301,7 +301,7 @@ def test_the_map_names_what_is_there() -> None:
     assert named == {
         f"{path.name}/" if path.is_dir() else path.name
         for path in (ROOT / "iic_dist").iterdir()
-        if path.suffix == ".py" and path.name != "__init__.py" or (path / "__init__.py").is_file()
+        if (path.suffix == ".py" and path.name != "__init__.py") or (path / "__init__.py").is_file()
     }
     assert all((ROOT / line.split()[0]).is_dir() for line in outside.splitlines())
 
