@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import measuring
 import numpy as np
+import provenance
 import torch
 from PIL import Image
 from torch import Tensor
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "loader_cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"provenance": measuring.provenance("cpu"), "load_before": os.getloadavg()}
+    results: dict[str, Any] = {"provenance": provenance.of("cpu"), "load_before": os.getloadavg()}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         make_photos(scratch / "photos", options.photos)
