@@ -25,7 +25,7 @@ from torch import Tensor
 
 from iic_dist.ops import augment as native
 from iic_dist.ops.philox import uniforms
-from iic_dist.views.draw import NUM_UNIFORMS, sample
+from iic_dist.views.draw import NUM_UNIFORMS, draw
 from iic_dist.views.spec import ViewSpec
 from iic_dist.views.views import Views
 
@@ -181,7 +181,7 @@ def on_gpu() -> dict[str, dict[str, float]]:
         rows = torch.randperm(len(images), device="cuda")[:4096]
         spec = our_views(size, "fused").first
         numbers = uniforms(0, 0, rows, torch.arange(2, device="cuda").unsqueeze(1), NUM_UNIFORMS).flatten(0, 1)
-        table = native.table(vars(sample(spec, numbers, side, side)), len(numbers), side, side, images.device)
+        table = native.table(vars(draw(spec, numbers, side, side)), len(numbers), side, side, images.device)
         common: dict[str, Any] = {"blur_kernel": 1, "sobel": False, "mean": spec.mean, "std": spec.std}
         common |= {"size": size, "dtype": torch.float32, "channels_last": False}
         milliseconds = {

@@ -18,6 +18,9 @@ from iic_dist.errors import UsageError
 
 T = TypeVar("T")
 
+# torch 2.14 has renamed it, and warns of the old name in every run.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Place:
@@ -154,7 +157,7 @@ def gather_sizes(size: int, group: dist.ProcessGroup | None = None) -> list[int]
         return [size]
     device = "cpu" if "cpu:" in str(dist.get_backend_config(group)) else torch.cuda.current_device()
     sizes = torch.empty(world_size(group), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([size], device=device), group=group)
+    _all_gather(sizes, torch.tensor([size], device=device), group=group)
     return [int(value) for value in sizes.tolist()]
 
 
@@ -184,7 +187,7 @@ def start_gather_rows(
     if rows.shape[0] < longest:
         padded = torch.cat([padded, padded.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
     gathered = padded.new_empty(len(sizes) * longest, *rows.shape[1:])
-    work = dist.all_gather_into_tensor(gathered, padded, group=group, async_op=True)
+    work = _all_gather(gathered, padded, group=group, async_op=True)
     assert work is not None, "only a rank outside of the group has none"
 
     def finish() -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,28 +95,9 @@ def build_objectives(config: Config, device: torch.device) -> dict[str, Objectiv
 
 def build_views(config: Config) -> Views:
     """Make the view policy of a config that knows the size and the channels of its images."""
-    data, views = config.data, config.views
-    assert data.image_size is not None, "complete() comes first"
-    assert data.channels is not None, "complete() comes first"
-    return policy(
-        views.policy,
-        image_size=data.image_size,
-        channels=data.channels,
-        seed=config.run.seed,
-        repeats=views.repeats,
-        size=views.size,
-        mean=views.mean,
-        std=views.std,
-        crop_area=views.crop_area,
-        crop_sides=views.crop_sides,
-        rotation=views.rotation,
-        flip=views.flip,
-        jitter=views.jitter,
-        gray=views.gray,
-        blur=views.blur,
-        sobel=views.sobel,
-        impl=views.impl,
-    )
+    channels, size = config.image_shape
+    given = dataclasses.asdict(config.views)
+    return policy(given.pop("policy"), image_size=size, channels=channels, seed=config.run.seed, **given)
 
 
 def build_model(config: Config, in_channels: int, image_size: int, fetch_weights: bool = True) -> ClusterNet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from iic_dist.config import HEADS, Config
 from iic_dist.errors import UsageError
@@ -14,45 +15,25 @@ def _require(condition: bool, name: str, value: object, rule: str) -> None:
         raise UsageError(f"{name}={value!r}: must be {rule}")
 
 
+_BOUNDS = {"above 0": lambda value: value > 0, "0 or more": lambda value: value >= 0}
+
+
 def check(config: Config) -> None:
     """Raise a UsageError for the first value that no run could work with."""
-    for group, defaults in dataclasses.asdict(Config()).items():
-        for name, default in defaults.items():  # a file may say null where the parser lets it pass
-            value = getattr(getattr(config, group), name)
-            _require(value is not None or default is None, f"{group}.{name}", value, "given")
-    positive = {
-        "data": ("batch_size",),
-        "views": ("repeats",),
-        "model": ("sub_heads",),
-        "loss": ("entropy_weight", "temperature"),
-        "optim": ("lr",),
-        "train": ("epochs", "evaluate_batch_size", "checkpoint_every"),
-        "run": ("timeout_minutes",),
-        "monitor": ("log_every",),
-    }
-    not_negative = {
-        "data": ("device_budget_gib",),
-        "model": ("num_overclusters", "projection_dim"),
-        "loss": ("clustering", "overclustering", "contrastive"),
-        "optim": ("warmup_epochs", "weight_decay", "clip_norm", "momentum"),
-        "train": (
-            *("contrastive_warmup_epochs", "evaluate_every", "restart_after"),
-            *("checkpoint_every_steps", "max_skipped_steps"),
-        ),
-        "monitor": ("pictures_every",),
-    }
-    for names, lowest, rule in ((positive, 0, "above 0"), (not_negative, -1, "0 or more")):
-        for group, fields in names.items():
-            for name in fields:
-                value = getattr(getattr(config, group), name)
-                above = value > 0 if lowest == 0 else value >= 0
-                _require(math.isfinite(value) and above, f"{group}.{name}", value, rule)
-    workers = config.data.workers
-    _require(workers is None or workers >= 0, "data.workers", workers, "0 or more")
-    std = config.model.head_init_std
-    _require(std is None or 0 < std < math.inf, "model.head_init_std", std, "above 0")
+    for group in dataclasses.fields(Config):
+        values = getattr(config, group.name)
+        for each in dataclasses.fields(values):
+            _check_field(f"{group.name}.{each.name}", getattr(values, each.name), each)
     _require(0 <= config.run.seed < 2**63, "run.seed", config.run.seed, "from 0 to 2^63 - 1")
     _check_heads(config)
+
+
+def _check_field(name: str, value: Any, field: dataclasses.Field[Any]) -> None:
+    # A file may say null where the parser lets it pass.
+    _require(value is not None or field.default is None, name, value, "given")
+    bound = field.metadata.get("bound")
+    if bound is not None and value is not None:
+        _require(math.isfinite(value) and _BOUNDS[bound](value), name, value, bound)
 
 
 def _check_heads(config: Config) -> None:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 HEADS = ("clustering", "overclustering", "contrastive")
+
+
+def _above_0(default: Any) -> Any:
+    """A field whose value must be above 0; `config.check` reads it."""
+    return field(default=default, metadata={"bound": "above 0"})
+
+
+def _at_least_0(default: Any) -> Any:
+    """A field whose value must be 0 or more."""
+    return field(default=default, metadata={"bound": "0 or more"})
 
 
 @dataclass
@@ -31,7 +41,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     resume: Literal["auto", "never"] = "auto"
-    timeout_minutes: float = 10.0
+    timeout_minutes: float = _above_0(10.0)
 
 
 @dataclass
@@ -65,15 +75,15 @@ class DataConfig:
     download: bool = True
     train_on: Literal["all", "train"] = "all"
     evaluate_on: Literal["all", "train", "test"] = "all"
-    batch_size: int = 256
+    batch_size: int = _above_0(256)
     unlabelled: bool = False
     image_size: int | None = None
     channels: Literal[1, 3] | None = None
     folder_labels: bool = False
     cache: str | None = None
-    workers: int | None = None
+    workers: int | None = _at_least_0(None)
     relist: bool = True
-    device_budget_gib: float = 4.0
+    device_budget_gib: float = _at_least_0(4.0)
 
 
 @dataclass
@@ -98,7 +108,7 @@ class ViewsConfig:
     """
 
     policy: Literal["iic", "simclr", "digits"] = "digits"
-    repeats: int = 1
+    repeats: int = _above_0(1)
     size: int | None = None
     crop_area: tuple[float, float] | None = None
     crop_sides: list[int] | None = None
@@ -136,10 +146,10 @@ class ModelConfig:
     pretrained: bool = False
     freeze_backbone: bool = False
     num_clusters: int | list[int] | None = None
-    num_overclusters: int = 0
-    sub_heads: int = 5
-    head_init_std: float | None = None
-    projection_dim: int = 0
+    num_overclusters: int = _at_least_0(0)
+    sub_heads: int = _above_0(5)
+    head_init_std: float | None = _above_0(None)
+    projection_dim: int = _at_least_0(0)
     projection_hidden: int | None = None
 
 
@@ -160,12 +170,12 @@ class LossConfig:
     """
 
     impl: Literal["auto", "fused", "torch"] = "auto"
-    entropy_weight: float = 1.0
+    entropy_weight: float = _above_0(1.0)
     prior: list[float] | str = "uniform"
-    temperature: float = 0.5
-    clustering: float = 1.0
-    overclustering: float = 1.0
-    contrastive: float = 1.0
+    temperature: float = _above_0(0.5)
+    clustering: float = _at_least_0(1.0)
+    overclustering: float = _at_least_0(1.0)
+    contrastive: float = _at_least_0(1.0)
 
 
 @dataclass
@@ -184,13 +194,13 @@ class OptimConfig:
     """
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: float = 1e-3
+    lr: float = _above_0(1e-3)
     contrastive_lr: float | None = None
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_epochs: float = 0.0
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    clip_norm: float = 0.0
+    warmup_epochs: float = _at_least_0(0.0)
+    weight_decay: float = _at_least_0(0.0)
+    momentum: float = _at_least_0(0.9)
+    clip_norm: float = _at_least_0(0.0)
 
 
 @dataclass
@@ -217,20 +227,20 @@ class TrainConfig:
         max_skipped_steps: The run ends when more steps than this in a row had a loss or gradient that is not finite.
     """
 
-    epochs: int = 50
+    epochs: int = _above_0(50)
     schedule: Literal["joint", "alternate"] = "joint"
     order: list[str] = field(default_factory=lambda: ["overclustering", "clustering", "contrastive"])
-    restart_after: int = 15
-    contrastive_warmup_epochs: int = 0
+    restart_after: int = _at_least_0(15)
+    contrastive_warmup_epochs: int = _at_least_0(0)
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     channels_last: bool = False
     compile: bool = False
     sync_batchnorm: bool = False
-    evaluate_every: int = 10
-    evaluate_batch_size: int = 1000
-    checkpoint_every: int = 10
-    checkpoint_every_steps: int = 0
-    max_skipped_steps: int = 20
+    evaluate_every: int = _at_least_0(10)
+    evaluate_batch_size: int = _above_0(1000)
+    checkpoint_every: int = _above_0(10)
+    checkpoint_every_steps: int = _at_least_0(0)
+    max_skipped_steps: int = _at_least_0(20)
 
 
 @dataclass
@@ -244,8 +254,8 @@ class MonitorConfig:
         kmeans: At the end, also cluster the raw pixels with k-means and print its accuracy, to compare.
     """
 
-    log_every: int = 10
-    pictures_every: int = 0
+    log_every: int = _above_0(10)
+    pictures_every: int = _at_least_0(0)
     progress: bool = True
     kmeans: bool = False
 
@@ -284,6 +294,14 @@ class Config:
             return {f"clustering_{k}": k for k in clusters}
         assert clusters is not None, "complete() comes first"
         return {"clustering": clusters}
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Channels and side in pixels of the images of a complete config, before views are made of them."""
+        size, channels = self.data.image_size, self.data.channels
+        assert size is not None, "complete() comes first"
+        assert channels is not None, "complete() comes first"
+        return channels, size
 
     def to_yaml(self) -> str:
         """Return all groups as YAML that `--config FILE` reads back."""

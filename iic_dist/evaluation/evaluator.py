@@ -14,7 +14,7 @@ from iic_dist import distributed
 from iic_dist.data.image_set import ImageSet
 from iic_dist.data.source import ImageSource
 from iic_dist.evaluation import inference, metrics
-from iic_dist.evaluation.health import Health, agreement
+from iic_dist.evaluation.health import Health, mean_agreement
 from iic_dist.evaluation.sub_heads import SubHeadRecord, used_clusters
 from iic_dist.models import ClusterNet
 from iic_dist.views.views import Views
@@ -105,7 +105,7 @@ class Evaluator:
         pairs = metrics.pair_counts(assigned.clusters[:, list(independent)], k)
         for sums in (sizes, confidence, pairs):
             distributed.all_reduce_sum(sums)
-        mean, error = agreement(metrics.sub_head_agreement(pairs, len(independent)))
+        mean, error = mean_agreement(metrics.sub_head_agreement(pairs, len(independent)))
         health = Health(
             head=head,
             num_clusters=k,

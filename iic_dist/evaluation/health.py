@@ -89,7 +89,7 @@ class Health:
         )
 
 
-def agreement(ari: np.ndarray) -> tuple[float | None, float | None]:
+def mean_agreement(ari: np.ndarray) -> tuple[float | None, float | None]:
     """Average the ARI over each two sub-heads.
 
     Args:

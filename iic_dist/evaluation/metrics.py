@@ -53,7 +53,7 @@ def match_clusters(counts: Tensor | np.ndarray) -> np.ndarray:
     return matched
 
 
-def agreement(clusters: Tensor, selected: int, num_clusters: int) -> Tensor:
+def agreeing_share(clusters: Tensor, selected: int, num_clusters: int) -> Tensor:
     """Return which share of the other sub-heads puts each image where the selected one does.
 
     Sub-heads number their clusters as they like, so each one's are first matched one to one with the selected one's,

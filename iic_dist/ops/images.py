@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_RED, _GREEN, _BLUE = 0.2989, 0.587, 0.114  # ITU-R BT.601 luma, as rounded by torchvision
+LUMA = (0.2989, 0.587, 0.114)
+"""Weights of red, green and blue in gray: ITU-R BT.601, as rounded by torchvision."""
+
+SOBEL = ((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0))
+"""The kernel of the horizontal gradient, which conv2d slides without turning; its transpose is the vertical one."""
+
 _FAR = 1e6  # pixels; beyond the support of every filter
 _SHARPEST = 1e-3  # pixels; a Gaussian so narrow is exactly one pixel in float32 and float64
 _NO_SPREAD = 1e-12  # below the steps of float32 in [0, 1] but for black; keeps 0 / 0 out
@@ -107,7 +112,7 @@ def rgb_to_grayscale(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, dim=1)
-    return red.mul(_RED).add_(green, alpha=_GREEN).add_(blue, alpha=_BLUE)
+    return red.mul(LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 def _blend(images: Tensor, other: Tensor, share: Tensor) -> Tensor:
@@ -182,7 +187,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 def sobel(images: Tensor) -> Tensor:
     """Horizontal and vertical Sobel gradient of the gray image, zeros outside: (B, 2, H, W).
 
-    Equals conv2d with [[1, 0, -1], [2, 0, -2], [1, 0, -1]] and its transpose, padding 1, as in IIC's
+    Equals conv2d with `SOBEL` and its transpose, padding 1, as in IIC's
     `sobel_process`.
     """
     gray = F.pad(rgb_to_grayscale(images), (1, 1, 1, 1)).squeeze(1)

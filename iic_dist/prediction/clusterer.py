@@ -53,7 +53,7 @@ class Prediction:
 
     def agreement(self) -> Tensor:
         """Return which share of the other sub-heads agrees, (M,) float32: `evaluation.metrics.agreeing_share`."""
-        return metrics.agreement(self.sub_heads, self.selected, self.probabilities.shape[1])
+        return metrics.agreeing_share(self.sub_heads, self.selected, self.probabilities.shape[1])
 
     def columns(self) -> dict[str, Tensor]:
         """Return what has a row for each image, by name."""
@@ -86,11 +86,8 @@ class Clusterer:
     """
 
     def __init__(self, config: Config, state: dict[str, Any], device: torch.device) -> None:
-        data = config.data
-        assert data.image_size is not None, "the config is complete"
-        assert data.channels is not None, "the config is complete"
         self.config, self.device = config, device
-        self.image_size, self.channels = data.image_size, int(data.channels)
+        self.channels, self.image_size = config.image_shape
         self.head: str = state["clustering_head"]
         self.num_clusters = config.clustering_heads[self.head]
         self.selected = int(state["sub_heads"]["losses"][self.head].argmin())

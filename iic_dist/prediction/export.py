@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from iic_dist.errors import UsageError
 from iic_dist.ops import images as ops
 from iic_dist.prediction.clusterer import Clusterer
-from iic_dist.views.draw import NUM_UNIFORMS, sample
+from iic_dist.views.draw import NUM_UNIFORMS, draw
 from iic_dist.views.spec import ViewSpec
 
 _NEEDS = {"onnx": ("onnx", "onnxscript"), "safetensors": ("safetensors",)}
@@ -40,11 +40,11 @@ class EvaluationView(nn.Module):
         self.sobel = centred.sobel
         # Channel h of this picture is 1 in row h and 0 elsewhere; what becomes of it are the weights of row h.
         basis = torch.eye(image_size, dtype=torch.float64)[None, :, :, None].repeat(1, 1, 1, image_size)
-        box = sample(centred, torch.zeros(1, NUM_UNIFORMS), image_size, image_size).box
+        box = draw(centred, torch.zeros(1, NUM_UNIFORMS), image_size, image_size).box
         self.resizes = box is not None
         weights = basis if box is None else ops.resized_crop(basis, box, centred.size)
         self.register_buffer("rows", weights[0, :, :, 0].T.float())
-        self.register_buffer("gray", torch.tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1))
+        self.register_buffer("gray", torch.tensor(ops.LUMA).view(1, 3, 1, 1))
         for name, values in (("mean", centred.mean or (0.0,)), ("std", centred.std or (1.0,))):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1))
 
@@ -60,7 +60,7 @@ class EvaluationView(nn.Module):
     def _gradients(self, views: Tensor) -> Tensor:
         if views.shape[1] == 3:
             views = (views * self.gray).sum(1, keepdim=True)
-        across = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], dtype=views.dtype)
+        across = torch.tensor(ops.SOBEL, dtype=views.dtype)
         kernels = torch.stack([across, across.T]).unsqueeze(1).to(views.device)
         return nn.functional.conv2d(views, kernels, padding=1)
 

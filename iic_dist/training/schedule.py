@@ -10,7 +10,7 @@ from iic_dist.data.sampler import Batch, Sampler
 from iic_dist.distributed import Place
 
 
-def kind(head: str) -> str:
+def kind_of_head(head: str) -> str:
     """Return what sort of head a name stands for: clustering_20 is one of several clustering heads."""
     return head.partition("_")[0]
 
@@ -56,9 +56,9 @@ class Schedule:
         views: int,
     ) -> None:
         self.heads = tuple(heads)
-        self.samplers = {head: sampler if kind(head) == "clustering" else wide_sampler for head in heads}
+        self.samplers = {head: sampler if kind_of_head(head) == "clustering" else wide_sampler for head in heads}
         self.alternate = alternate
-        turns = [tuple(head for head in heads if kind(head) == turn) for turn in order]
+        turns = [tuple(head for head in heads if kind_of_head(head) == turn) for turn in order]
         self.order = [turn for turn in turns if turn]
         self.warmup_epochs = contrastive_warmup_epochs
         self.views = views

@@ -32,7 +32,7 @@ from iic_dist.training import report, resume
 from iic_dist.training.guard import Poll, StepGuard
 from iic_dist.training.monitor import Monitor
 from iic_dist.training.optim import build_optimizer, learning_rate
-from iic_dist.training.schedule import Pass, build_schedule, kind
+from iic_dist.training.schedule import Pass, build_schedule, kind_of_head
 from iic_dist.training.stop import Stopping, StopSignals
 from iic_dist.training.stuck import StuckSubHeads
 
@@ -88,7 +88,7 @@ class Trainer:
             seed=config.run.seed,
         )
         weights = {
-            head: getattr(config.loss, kind(head)) / (len(clustering) if head in clustering else 1)
+            head: getattr(config.loss, kind_of_head(head)) / (len(clustering) if head in clustering else 1)
             for head in self.model.heads
         }
         self.losses = StepLosses(

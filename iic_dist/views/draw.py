@@ -138,7 +138,7 @@ def _draw_jitter(spec: ViewSpec, numbers: Tensor) -> dict[str, Tensor]:
     return drawn
 
 
-def sample(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> ViewParameters:
+def draw(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> ViewParameters:
     """Turn uniform numbers into the parameters of views of images of height x width.
 
     Computed in float64 by correctly rounded operations and rounded to float32 at the end: every device gives the same

@@ -18,7 +18,7 @@ from iic_dist.errors import UsageError
 from iic_dist.ops import augment as native
 from iic_dist.ops.philox import uniforms
 from iic_dist.views.apply import fill
-from iic_dist.views.draw import NUM_UNIFORMS, sample
+from iic_dist.views.draw import NUM_UNIFORMS, draw
 from iic_dist.views.spec import ViewSpec
 
 
@@ -123,7 +123,7 @@ class Views:
         drawn = []
         for spec, numbers in groups:
             spec.check(channels, height, width)
-            drawn.append(sample(spec, numbers.flatten(0, 1), height, width))
+            drawn.append(draw(spec, numbers.flatten(0, 1), height, width))
         counts = [len(numbers) * len(rows) for _, numbers in groups]
         if native.supported(self.impl, images.device, dtype):
             tables = [

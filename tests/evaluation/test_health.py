@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from iic_dist.evaluation.health import Health, agreement, recommend
+from iic_dist.evaluation.health import Health, mean_agreement, recommend
 
 
 def health(k: int, mean: float | None = 0.9, error: float | None = 0.02, **changes: Any) -> Health:
@@ -31,23 +31,23 @@ def health(k: int, mean: float | None = 0.9, error: float | None = 0.02, **chang
 
 def test_agreement_is_the_mean_of_all_pairs_with_its_jackknife_error() -> None:
     ari = np.array([[1, 0.9, 0.6], [0.9, 1, 0.3], [0.6, 0.3, 1]])
-    mean, error = agreement(ari)
+    mean, error = mean_agreement(ari)
     assert mean == pytest.approx(0.6)
     # Without one sub-head one pair is left: 0.3, 0.6, 0.9; sqrt(2 / 3 * (0.3^2 + 0 + 0.3^2)).
     assert error == pytest.approx(math.sqrt(0.12))
 
 
 def test_agreement_of_too_few_sub_heads_is_unknown() -> None:
-    assert agreement(np.ones((1, 1))) == (None, None)
-    assert agreement(np.ones((0, 0))) == (None, None)
-    assert agreement(np.array([[1, 0.4], [0.4, 1]])) == (pytest.approx(0.4), None)
+    assert mean_agreement(np.ones((1, 1))) == (None, None)
+    assert mean_agreement(np.ones((0, 0))) == (None, None)
+    assert mean_agreement(np.array([[1, 0.4], [0.4, 1]])) == (pytest.approx(0.4), None)
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     """Where the ARI of two sub-heads is the sum of a term of each, the mean over pairs is 2 x the mean of the terms."""
     terms = np.random.default_rng(0).normal(size=7)
     ari = terms[:, None] + terms[None]
-    mean, error = agreement(ari)
+    mean, error = mean_agreement(ari)
     assert mean == pytest.approx(2 * terms.mean())
     assert error == pytest.approx(2 * terms.std(ddof=1) / math.sqrt(7))
 

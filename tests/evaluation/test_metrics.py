@@ -13,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mu
 
 from iic_dist.evaluation.metrics import (
     accuracy,
-    agreement,
+    agreeing_share,
     ari,
     count_matrix,
     match_clusters,
@@ -138,12 +138,12 @@ def test_agreement_after_matching_is_that_of_scipy_by_hand() -> None:
         table = confusion_matrix(other, selected)
         rows, columns = linear_sum_assignment(-table)
         expected += (columns[np.argsort(rows)][other] == selected) / 2
-    assert agreement(clusters, 1, 4).tolist() == expected.tolist()
+    assert agreeing_share(clusters, 1, 4).tolist() == expected.tolist()
     assert 0.5 < expected.mean() < 0.95
 
 
 def test_agreement_of_one_sub_head_is_whole() -> None:
-    assert agreement(torch.tensor([[0], [2]]), 0, 3).tolist() == [1.0, 1.0]
+    assert agreeing_share(torch.tensor([[0], [2]]), 0, 3).tolist() == [1.0, 1.0]
 
 
 def test_sub_heads_are_compared_as_scikit_learn_compares_them() -> None:

@@ -22,7 +22,7 @@ from iic_dist.data.sampler import Sampler
 from iic_dist.ops import augment as native
 from iic_dist.ops.exact import cos_sin, power
 from iic_dist.ops.philox import uniforms
-from iic_dist.views.draw import sample
+from iic_dist.views.draw import draw
 from iic_dist.views.spec import ViewSpec
 
 SPECS = [EVERYTHING, replace(EVERYTHING, crop_area=None, crop_sides=(9, 13), centre_probability=0.3), ViewSpec(size=9)]
@@ -33,7 +33,7 @@ for policy in POLICIES:
 
 
 def drawn(spec: ViewSpec, height: int = 30, width: int = 40, count: int = 20_000) -> dict[str, Tensor]:
-    parameters = sample(spec, uniforms(11, 0, torch.arange(count), 0, 21), height, width)
+    parameters = draw(spec, uniforms(11, 0, torch.arange(count), 0, 21), height, width)
     return {field.name: getattr(parameters, field.name) for field in fields(parameters)}
 
 
@@ -46,7 +46,7 @@ def assert_share(chosen: Tensor, probability: float) -> None:
 
 
 def table(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> Tensor:
-    return native.table(vars(sample(spec, numbers, height, width)), len(numbers), height, width, numbers.device)
+    return native.table(vars(draw(spec, numbers, height, width)), len(numbers), height, width, numbers.device)
 
 
 def test_cosine_and_sine() -> None:

@@ -16,12 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from iic_dist.errors import UsageError
 from iic_dist.ops import augment as native
 from iic_dist.ops.philox import uniforms
-from iic_dist.views.draw import sample
+from iic_dist.views.draw import draw
 from iic_dist.views.views import Views
 
 needs_native = pytest.mark.skipif("cpu" not in native.DEVICES, reason="the extension has no kernels of views")
-
-both = pytest.mark.parametrize("impl", [pytest.param("fused", marks=needs_native), "torch"])
 
 
 def train(views: Views, images: Tensor, indices: Tensor, *arguments: Any, **more: Any) -> Tensor:
@@ -43,7 +41,7 @@ def test_training_equals_torchvision_step_by_step(impl: str) -> None:
     made = train(views, images, indices, epoch=4, first_view=3, dtype=dtype).double()
     row = 0
     for number in (3, 4, 5):
-        p = sample(views.first if number == 3 else views.second, uniforms(5, 4, indices, number, 21), 20, 24)
+        p = draw(views.first if number == 3 else views.second, uniforms(5, 4, indices, number, 21), 20, 24)
         for i, image in enumerate(images):
             x = image.double() / 255
             numbers = draws.uniforms(5, 4, 70 + i, number)
@@ -224,7 +222,7 @@ def test_gpu_makes_the_same_views(name: str, channels: int, side: int, options: 
     for spec in (views.first, views.second):
         numbers = uniforms(0, 2, indices, 1, 21)
         assert torch.equal(numbers.cpu(), uniforms(0, 2, indices.cpu(), 1, 21))
-        on_gpu, on_cpu = sample(spec, numbers, side, side), sample(spec, numbers.cpu(), side, side)
+        on_gpu, on_cpu = draw(spec, numbers, side, side), draw(spec, numbers.cpu(), side, side)
         for field in fields(on_cpu):
             value = getattr(on_cpu, field.name)
             if value is not None:
