@@ -26,6 +26,6 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_parquet_without_a_library_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="needs pyarrow"):
         outputs.check_table(Path("c.parquet"))

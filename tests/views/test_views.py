@@ -20,6 +20,7 @@ from iic_dist.views.draw import draw
 from iic_dist.views.views import Views
 
 needs_native = pytest.mark.skipif("cpu" not in native.DEVICES, reason="the extension has no kernels of views")
+both = pytest.mark.parametrize("impl", [pytest.param("fused", marks=needs_native), "torch"])
 
 
 def train(views: Views, images: Tensor, indices: Tensor, *arguments: Any, **more: Any) -> Tensor:
