@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import load_images
 from PIL import Image, ImageFile
 from torchvision.transforms.v2 import functional
 
 from iic_dist.data.listing import list_images
-from iic_dist.data.load import load_image_set
 from iic_dist.errors import UsageError
 
 
@@ -33,9 +33,8 @@ def save(path: Path, pixels: np.ndarray, **options) -> Path:
 
 
 def load(folder: Path, split: str = "all", unreadable: list | None = None, **options):
-    options = {"image_size": 40, "progress": False, **options}
     problems = [] if unreadable is None else unreadable
-    return load_image_set(f"folder:{folder}", Path("unused"), split, unreadable=problems, **options)
+    return load_images(folder, split, unreadable=problems, **{"image_size": 40, **options})
 
 
 def only_image(folder: Path, **options) -> np.ndarray:
@@ -378,7 +377,7 @@ def test_without_a_list_one_warning_tells_the_number(tmp_path):
     (tmp_path / "b.png").write_bytes(b"")
     save(tmp_path / "c.png", picture())
     with pytest.warns(UserWarning, match="skipped 2 of 3 image files in .*; the first, 'a.png': not an image"):
-        load_image_set(f"folder:{tmp_path}", tmp_path, "all", progress=False)
+        load_images(tmp_path)
 
 
 def test_a_name_with_any_bytes_is_reported_on_one_line(tmp_path):
