@@ -109,7 +109,7 @@ def step_seconds(images: int, place: Place, device: torch.device) -> dict[str, A
     config = parse([*OPTIONS, "--data.batch_size", str(images)])
     trainer = Trainer(config, load_data(config, place), place, device)
     [joint] = trainer.schedule.passes(0)
-    trainer.model.train()
+    trainer.learner.model.train()
     work = functools.partial(trainer.train_step, joint, 0)
     return {"seconds": usual_seconds(work, device, STEPS), "shape": shape_of(trainer)}
 
@@ -118,8 +118,8 @@ def shape_of(trainer: Trainer) -> dict[str, Any]:
     """What the traffic of a step depends on, but for the number of images."""
     model = trainer.config.model
     return {
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "statistics": sum(buffer.numel() for buffer in trainer.model.buffers() if buffer.is_floating_point()),
+        "parameters": sum(parameter.numel() for parameter in trainer.learner.model.parameters()),
+        "statistics": sum(buffer.numel() for buffer in trainer.learner.model.buffers() if buffer.is_floating_point()),
         "clusters": [model.num_clusters, model.num_overclusters],
         "sub_heads": model.sub_heads,
         "embedding": model.projection_dim,

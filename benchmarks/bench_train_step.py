@@ -108,7 +108,7 @@ class Published:
     def __init__(self, trainer: Trainer) -> None:
         config = trainer.config
         self.config = config
-        self.model = copy.deepcopy(trainer.model)
+        self.model = copy.deepcopy(trainer.learner.model)
         optim = config.optim
         self.optimizer = build_optimizer(
             self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
@@ -167,10 +167,10 @@ def our_step(trainer: Trainer, position: int, stages: Stages) -> None:
     with (
         mock.patch.object(trainer.images, "gather", stages.timed("data", trainer.images.gather)),
         mock.patch.object(trainer.views, "training", stages.timed("views", trainer.views.training)),
-        mock.patch.object(trainer, "network", stages.timed("forward", trainer.network)),
-        mock.patch.object(trainer, "losses", stages.timed("losses", trainer.losses)),
+        mock.patch.object(trainer.learner, "network", stages.timed("forward", trainer.learner.network)),
+        mock.patch.object(trainer.learner, "losses", stages.timed("losses", trainer.learner.losses)),
         mock.patch.object(Tensor, "backward", stages.timed("backward", Tensor.backward)),
-        mock.patch.object(trainer.optimizer, "step", stages.timed("optimizer", trainer.optimizer.step)),
+        mock.patch.object(trainer.learner.optimizer, "step", stages.timed("optimizer", trainer.learner.optimizer.step)),
     ):
         trainer.train_step(each, position % each.steps)
 

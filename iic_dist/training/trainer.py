@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iic_dist.config import Config
-from iic_dist.config.build import RunData, build_model, build_objectives, build_views
+from iic_dist.config.build import RunData, build_views
 from iic_dist.config.complete import complete
 from iic_dist.data.sampler import Batch
-from iic_dist.data.source import place_images
+from iic_dist.data.source import ImageSource, place_images
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation.evaluator import Evaluation, Evaluator
 from iic_dist.evaluation.health import Recommendation, recommend
-from iic_dist.evaluation.sub_heads import SubHeadRecord
 from iic_dist.files import write_whole
-from iic_dist.losses import IICTerms
-from iic_dist.losses.step import StepLosses, Terms
-from iic_dist.models import SubHeads, distribute, on_device
+from iic_dist.losses.step import Terms
 from iic_dist.training import report, resume
-from iic_dist.training.guard import Poll, StepGuard
+from iic_dist.training.guard import Poll
+from iic_dist.training.learner import Learner
 from iic_dist.training.monitor import Monitor
-from iic_dist.training.optim import build_optimizer, learning_rate
-from iic_dist.training.schedule import Pass, build_schedule, kind_of_head
+from iic_dist.training.optim import learning_rate
+from iic_dist.training.schedule import Pass, build_schedule
 from iic_dist.training.stop import Stopping, StopSignals
-from iic_dist.training.stuck import StuckSubHeads
 
 _logger = logging.getLogger(__name__)
 
@@ -57,69 +53,41 @@ class Trainer:
     def __init__(self, config: Config, data: RunData, place: Place, device: torch.device) -> None:
         self.config = complete(config, data.train)
         self.data, self.place, self.device = data, place, device
-        self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         self.views = build_views(self.config)
-        train, optim = config.train, config.optim
-        self.model = on_device(
-            build_model(self.config, self.views.channels(data.train.images.shape[1]), self.views.size),
+        self.images = self._put_images()
+        self.schedule = build_schedule(self.config, place, len(data.train.images), len(self.images))
+        self.total_steps = self.schedule.total_steps(config.train.epochs)
+        self.learner = Learner(
+            self.config,
+            self.views.channels(data.train.images.shape[1]),
+            self.views.size,
+            place,
             device,
-            self.dtype,
-            sync_batchnorm=train.sync_batchnorm,
-            channels_last=train.channels_last,
+            heads_take_turns=self.schedule.heads_take_turns,
         )
-        heads = {name: head for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
-        self.shapes = {name: head.shape for name, head in heads.items()}
-        self._put_images()
-        self.schedule = build_schedule(config, place, len(data.train.images), len(self.images))
-        self.total_steps = self.schedule.total_steps(train.epochs)
-        self.network = distribute(
-            self.model, place, device, compiled=train.compile, heads_take_turns=self.schedule.heads_take_turns
-        )
-        self.optimizer = build_optimizer(
-            self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
-        )
-        objectives, clustering = build_objectives(self.config, device), self.config.clustering_heads
-        self.sub_heads = SubHeadRecord(self.shapes, objectives, device, self.dtype)
-        self.stuck = StuckSubHeads(
-            {name: heads[name] for name in clustering},
-            self.optimizer,
-            # Where several K are compared by the agreement of their sub-heads, copies would spoil it.
-            patience=train.restart_after if len(clustering) == 1 else 0,
-            seed=config.run.seed,
-        )
-        weights = {
-            head: getattr(config.loss, kind_of_head(head)) / (len(clustering) if head in clustering else 1)
-            for head in self.model.heads
-        }
-        self.losses = StepLosses(
-            weights,
-            objectives,
-            temperature=config.loss.temperature,
-            impl=config.loss.impl,
-            views=1 + config.views.repeats,
-            world_size=place.world_size,
-        )
+        self.evaluator = self._build_evaluator()
         self.clustering_head = self.config.heads[0]  # until an evaluation recommends one of several
-        self.guard = StepGuard(self.model, self.optimizer, device, train.max_skipped_steps)
         self.poll, self.stop = Poll(device), StopSignals()
         self.step = self.epoch = 0
         self.train_seconds = 0.0
 
-    def _put_images(self) -> None:
+    def _put_images(self) -> ImageSource:
         """Put the images where they fit, the unlabelled ones behind the others."""
+        images = self.data.train.images
+        if self.data.unlabelled is not None:
+            images = torch.cat([images, self.data.unlabelled.images])
+        return place_images(images, self.device, self.config.data.device_budget_gib)
+
+    def _build_evaluator(self) -> Evaluator:
         data, budget = self.data, self.config.data.device_budget_gib
-        images = data.train.images
-        if data.unlabelled is not None:
-            images = torch.cat([images, data.unlabelled.images])
-        self.images = place_images(images, self.device, budget)
         same = data.evaluation is data.train and data.unlabelled is None
-        self.evaluator = Evaluator(
+        return Evaluator(
             data.evaluation,
             self.images if same else place_images(data.evaluation.images, self.device, budget),
             self.views,
-            self.shapes,
+            self.learner.shapes,
             batch_size=self.config.train.evaluate_batch_size,
-            dtype=self.dtype,
+            dtype=self.learner.dtype,
         )
 
     def train(self, folder: Path, stop: StopSignals | None = None) -> dict[str, Any] | None:
@@ -157,7 +125,7 @@ class Trainer:
             self.epoch = done
             if done == train.epochs or done % train.checkpoint_every == 0:
                 save = resume.save_last if done == train.epochs else resume.save
-                save(folder, self.state_dict(), self.sub_heads.lowest_loss(self.config.clustering_heads))
+                save(folder, self.state_dict(), self.learner.sub_heads.lowest_loss(self.config.clustering_heads))
         return result or self.evaluate()
 
     def _progress(self) -> tqdm[Any]:
@@ -166,7 +134,7 @@ class Trainer:
 
     def _train_epoch(self, folder: Path, monitor: Monitor, bar: tqdm[Any]) -> None:
         """Take the steps of the epoch that are not done yet."""
-        self.model.train()
+        self.learner.model.train()
         self._lap_started = started = time.perf_counter()
         every, before, first = (
             self.config.train.checkpoint_every_steps,
@@ -179,12 +147,12 @@ class Trainer:
                 bar.update()
                 if self.step % self.config.monitor.log_every == 0:
                     self._log(monitor, bar, each, terms, (self.step - before) / (time.perf_counter() - started))
-                self.guard.heed(leave=1)
+                self.learner.guard.heed(leave=1)
                 if every and self.step % every == 0:
-                    self.guard.heed(leave=0)
+                    self.learner.guard.heed(leave=0)
                     self._lap()
                     resume.save(folder, self.state_dict())
-            self.guard.heed(leave=0)
+            self.learner.guard.heed(leave=0)
         finally:
             self._lap()
 
@@ -204,8 +172,8 @@ class Trainer:
             numbers |= {} if isinstance(value, Tensor) else report.head_numbers(head, value)
         values = report.to_host(numbers)
         values["optim/learning_rate"] = self.learning_rate(each.heads, self.step - 1)
-        values["optim/skipped_steps"] = self.guard.skipped
-        values |= {f"{head}/collapsed_sub_heads": len(bad) for head, bad in self.sub_heads.collapsed.items()}
+        values["optim/skipped_steps"] = self.learner.guard.skipped
+        values |= {f"{head}/collapsed_sub_heads": len(bad) for head, bad in self.learner.sub_heads.collapsed.items()}
         values["speed/images_per_second"] = steps_per_second * self.config.data.batch_size
         values["epoch"] = self.epoch + 1
         monitor.scalars(self.step, values)
@@ -233,37 +201,20 @@ class Trainer:
             position: Place of the step in the pass, from 0.
         """
         if position == 0:
-            self.sub_heads.begin_pass(each.heads)
+            self.learner.sub_heads.begin_pass(each.heads)
         batches = self.schedule.batches(self.epoch, each.heads, position)
-        inputs = [self._make_views(batch, each.first_view) for _, batch in batches]
+        views = [(heads, self._make_views(batch, each.first_view)) for heads, batch in batches]
         if position + 1 < each.steps:
             for _, batch in self.schedule.batches(self.epoch, each.heads, position + 1):
                 self.images.prefetch(batch.indices)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(each.heads, self.step)
-        self.guard.begin()
-        with self._autocast():
-            outputs = self.network(torch.cat(inputs) if len(inputs) > 1 else inputs[0], each.heads)
-        rows = [len(part) for part in inputs]
-        total, terms = self.losses(
-            [(head, outputs[head].split(rows)[place]) for place, (heads, _) in enumerate(batches) for head in heads]
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        skipped = self.guard.end(total.detach(), self.stop.received is not None, self.config.optim.clip_norm)
-        self.optimizer.step()
-        for head, value in terms.items():
-            if isinstance(value, IICTerms):
-                self.sub_heads.add(head, value.joint, skipped)
+        terms = self.learner.step(views, self.learning_rate(each.heads, self.step), self.stop.received is not None)
         self.step += 1
         if position == each.steps - 1:
             self._end_pass(each)
         return terms
 
     def _end_pass(self, each: Pass) -> None:
-        warnings = self.sub_heads.end_pass(each.heads)
-        warnings += self.stuck.end_pass(each.heads, self.sub_heads.losses, self.epoch)
-        for line in warnings:
+        for line in self.learner.end_pass(each.heads, self.epoch):
             if self.place.is_main:
                 _logger.warning("epoch %d: %s", self.epoch + 1, line)
 
@@ -271,13 +222,8 @@ class Trainer:
         images, rows, indices = self.images.gather(batch.indices)
         layout = self.config.train.channels_last
         return self.views.training(
-            images, rows, indices, batch.epoch, first_view, dtype=self.dtype, channels_last=layout
+            images, rows, indices, batch.epoch, first_view, dtype=self.learner.dtype, channels_last=layout
         )
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.train.precision != "bfloat16":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def _evaluate(self) -> tuple[dict[str, Evaluation], Recommendation]:
         """Evaluate the network head by head, and choose a clustering head."""
@@ -286,7 +232,9 @@ class Trainer:
             if self.poll.stop(self.stop.received is not None):
                 raise Stopping
 
-        evaluations = self.evaluator.evaluate(self.model, self.sub_heads, self.stuck.restarts, heed)
+        evaluations = self.evaluator.evaluate(
+            self.learner.model, self.learner.sub_heads, self.learner.stuck.restarts, heed
+        )
         recommendation = recommend([evaluations[head].health for head in self.config.clustering_heads])
         self.clustering_head = recommendation.chosen.head
         return evaluations, recommendation
@@ -306,8 +254,8 @@ class Trainer:
             **self.evaluator.figures(evaluations[chosen.head]),
             "images_per_second": round(seen / self.train_seconds, 1) if self.train_seconds else None,
             "train_seconds": round(self.train_seconds, 2),
-            "skipped_steps": self.guard.skipped,
-            "collapsed_sub_heads": self.sub_heads.collapsed,
+            "skipped_steps": self.learner.guard.skipped,
+            "collapsed_sub_heads": self.learner.sub_heads.collapsed,
             "choices": recommendation.as_json(),
         }
 
@@ -328,7 +276,9 @@ class Trainer:
                 bar.write(f"epoch {epochs}: {line}")
         every = self.config.monitor.pictures_every
         if epochs == self.config.train.epochs or (every and epochs % every == 0):
-            report.show_evaluation(monitor, self.step, self.evaluator, evaluations[self.clustering_head], self.model)
+            report.show_evaluation(
+                monitor, self.step, self.evaluator, evaluations[self.clustering_head], self.learner.model
+            )
             report.show_choices(monitor, self.step, recommendation)
         return result
 
@@ -360,21 +310,13 @@ class Trainer:
             "step": self.step,
             "epoch": self.epoch,
             "train_seconds": self.train_seconds,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sub_heads": self.sub_heads.state_dict(),
-            "stuck": self.stuck.state_dict(),
             "clustering_head": self.clustering_head,
-            "guard": self.guard.state_dict(),
+            **self.learner.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.learner.load_state_dict(state)
         self.step, self.epoch = state["step"], state["epoch"]
         self.train_seconds = state["train_seconds"]
-        self.guard.load_state_dict(state["guard"])
-        self.sub_heads.load_state_dict(state["sub_heads"])
-        self.stuck.load_state_dict(state["stuck"])
         self.clustering_head = state["clustering_head"]

@@ -58,7 +58,7 @@ def test_mapped_from_the_disk_by_the_host_or_resident(pictures: Path, tmp_path: 
     assert isinstance(other.images, HostImages)
     assert isinstance(other.evaluator.images, HostImages)
     assert not isinstance(one.images, HostImages)
-    for first, second in zip(one.model.parameters(), other.model.parameters(), strict=True):
+    for first, second in zip(one.learner.model.parameters(), other.learner.model.parameters(), strict=True):
         assert torch.equal(first, second)
     assert {**resident, "train_seconds": 0, "images_per_second": 0} == {
         **hosted, "train_seconds": 0, "images_per_second": 0,

@@ -40,7 +40,9 @@ def test_it_says_what_the_training_said(gray_run: Path, moved_run: Path) -> None
     config = parse(["--config", str(gray_run / "config.yaml")])
     trainer = Trainer(config, load_data(config, Place()), Place(), torch.device("cpu"))
     assert trainer.resume(gray_run)
-    evaluated = trainer.evaluator.evaluate(trainer.model, trainer.sub_heads, trainer.stuck.restarts)["clustering"]
+    evaluated = trainer.evaluator.evaluate(
+        trainer.learner.model, trainer.learner.sub_heads, trainer.learner.stuck.restarts
+    )["clustering"]
     run = iic_dist.load(moved_run, "cpu")
     prediction = run.predict(trainer.data.train)
     assert run.selected == prediction.selected == evaluated.selected

@@ -127,7 +127,7 @@ def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[
     for step in range(steps):
         terms = trainer.train_step(passes[step % len(passes)], step // len(passes))
         losses += [float(t if isinstance(t, Tensor) else t.loss.mean()) for t in terms.values()]
-    parameters = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    parameters = torch.cat([p.detach().flatten() for p in trainer.learner.model.parameters()])
     figures = trainer.evaluate()
     return {
         "losses": losses,
@@ -173,7 +173,7 @@ def train_on(rank: int, group: dist.ProcessGroup | None, arguments: list[str], f
         trainer.train_step(each, position)
     resume.save(Path(folder), trainer.state_dict())
     distributed.barrier()
-    return torch.cat([value.detach().double().flatten() for value in trainer.model.state_dict().values()])
+    return torch.cat([value.detach().double().flatten() for value in trainer.learner.model.state_dict().values()])
 
 
 def small_trainer(rank: int, arguments: list[str]) -> Trainer:
@@ -205,19 +205,19 @@ def bad_step(rank: int, group: dist.ProcessGroup, arguments: list[str], place: s
         trainer._make_views = lambda *what: spoil(nn.Identity(), None, make(*what))  # type: ignore[method-assign]
         remove.append(lambda: setattr(trainer, "_make_views", make))
     elif rank == 1 and place == "gradient":
-        weight = next(trainer.model.parameters())
+        weight = next(trainer.learner.model.parameters())
         remove.append(weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), value)).remove)
     elif rank == 1:
-        module = trainer.model.backbone if place == "features" else trainer.model.heads[place]
+        module = trainer.learner.model.backbone if place == "features" else trainer.learner.model.heads[place]
         remove.append(module.register_forward_hook(spoil).remove)
     trainer.train_step(each, 1)
     for undo in remove:
         undo()
     after = state()
     trainer.train_step(each, 2)
-    trainer.guard.heed(leave=0)
+    trainer.learner.guard.heed(leave=0)
     return {
-        "skipped": trainer.guard.skipped,
+        "skipped": trainer.learner.guard.skipped,
         "unchanged": all(map(torch.equal, before, after)),
         "finite": all(bool(value.isfinite().all()) for value in state()),
         "moved_afterwards": not all(map(torch.equal, after, state())),

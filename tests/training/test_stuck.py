@@ -114,24 +114,24 @@ def test_a_resumed_run_starts_the_same_sub_heads_again(
     monkeypatch.setattr(stuck, "MARGIN", 0.0)  # all but the best one are stuck
     whole = trainer()
     whole.train(tmp_path)
-    assert sum(whole.stuck.restarts["clustering"]) >= 2
+    assert sum(whole.learner.stuck.restarts["clustering"]) >= 2
     for path in checkpoint.available(tmp_path / "checkpoints")[: 5 - done]:
         path.unlink()
     resumed = trainer()
     assert resumed.resume(tmp_path)
     assert resumed.epoch == done
     resumed.train(tmp_path)
-    assert resumed.stuck.state_dict() == whole.stuck.state_dict()
-    for old, new in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+    assert resumed.learner.stuck.state_dict() == whole.learner.stuck.state_dict()
+    for old, new in zip(whole.learner.model.parameters(), resumed.learner.model.parameters(), strict=True):
         assert torch.equal(old, new)
 
 
 def test_copies_do_not_count_as_agreement_and_several_k_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     one = trainer()
-    one.stuck.restarts["clustering"] = [0, 1, 0]
+    one.learner.stuck.restarts["clustering"] = [0, 1, 0]
     (choice,) = one.evaluate()["choices"]
     assert (choice["compared"], choice["agreement_error"]) == (2, None)
-    one.stuck.restarts["clustering"] = [2, 1, 0]
+    one.learner.stuck.restarts["clustering"] = [2, 1, 0]
     (choice,) = one.evaluate()["choices"]
     assert (choice["compared"], choice["agreement"]) == (1, None)
-    assert trainer("--model.num_clusters", "5,10").stuck.patience == 0
+    assert trainer("--model.num_clusters", "5,10").learner.stuck.patience == 0

@@ -68,14 +68,14 @@ def test_a_preset_takes_steps_on_images_of_its_shape(preset: str) -> None:
     train = fake(config.data.name, 9)
     unlabelled = fake(config.data.name, 11, labelled=False) if config.data.unlabelled else None
     trainer = Trainer(config, RunData(train, train, unlabelled), Place(), CPU)
-    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in trainer.learner.model.named_parameters()}
     for epoch in sorted({0, config.train.contrastive_warmup_epochs}):
         trainer.epoch = epoch
         for each in trainer.schedule.passes(epoch):
             terms = trainer.train_step(each, 0)
             assert set(terms) == set(each.heads)
             assert all(loss.isfinite().all() for loss in losses_of(terms))
-    still = [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+    still = [name for name, p in trainer.learner.model.named_parameters() if torch.equal(p, before[name])]
     assert still == []
 
 
@@ -91,7 +91,7 @@ class NoHostSync(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = digits_trainer("--optim.clip_norm", "1")
     # Adam on the CPU reads its own step counter, which on CUDA too stays on the host.
-    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+    monkeypatch.setattr(trainer.learner.optimizer, "step", lambda: None)
     with NoHostSync():
         trainer.train_step(trainer.schedule.passes(0)[0], 0)
     with NoHostSync(), pytest.raises(AssertionError, match="waits for the device"):
@@ -115,9 +115,9 @@ def test_a_head_that_waits_for_its_turn_is_not_moved() -> None:
     trainer = digits_trainer("--train.schedule", "alternate", "--optim.weight_decay", "0.1")
     over, clustering, _ = trainer.schedule.passes(0)
     trainer.train_step(clustering, 0)
-    before = [p.detach().clone() for p in trainer.model.heads["clustering"].parameters()]
+    before = [p.detach().clone() for p in trainer.learner.model.heads["clustering"].parameters()]
     trainer.train_step(over, 0)
-    for old, new in zip(before, trainer.model.heads["clustering"].parameters(), strict=True):
+    for old, new in zip(before, trainer.learner.model.heads["clustering"].parameters(), strict=True):
         assert torch.equal(old, new)
 
 
@@ -127,7 +127,7 @@ def test_sub_heads_are_judged_by_their_last_pass_alone(tmp_path: Path) -> None:
     trainer = digits_trainer(*options, "--train.epochs", "1")
     trainer.train(tmp_path)
     # Minus a mutual information; the joints of two passes taken for one would give up to 2 ln 2.
-    for loss in trainer.sub_heads.losses.values():
+    for loss in trainer.learner.sub_heads.losses.values():
         assert (loss < 1e-5).all()
         assert (loss != 0).all()
 
@@ -141,9 +141,9 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert resumed.resume(tmp_path)
     assert (resumed.epoch, resumed.step) == (1, 2)
     resumed.train(tmp_path)
-    for old, new in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+    for old, new in zip(whole.learner.model.parameters(), resumed.learner.model.parameters(), strict=True):
         assert torch.equal(old, new)
-    assert torch.equal(whole.sub_heads.losses["clustering"], resumed.sub_heads.losses["clustering"])
+    assert torch.equal(whole.learner.sub_heads.losses["clustering"], resumed.learner.sub_heads.losses["clustering"])
 
 
 def test_a_run_leaves_its_files(tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ def test_the_evaluation_does_not_depend_on_its_batch_size() -> None:
 
 def test_the_selected_sub_head_is_that_of_lowest_loss_whatever_the_labels() -> None:
     trainer = digits_trainer("--model.sub_heads", "4")
-    trainer.sub_heads.losses["clustering"] = torch.tensor([-1.0, -2.0, -2.5, -0.1])
-    assert trainer.sub_heads.selected() == 2
+    trainer.learner.sub_heads.losses["clustering"] = torch.tensor([-1.0, -2.0, -2.5, -0.1])
+    assert trainer.learner.sub_heads.selected() == 2
     assert trainer.evaluate()["accuracy"]["best"] >= trainer.evaluate()["accuracy"]["selected"]
 
 
