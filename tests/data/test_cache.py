@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loading import load_images
+from image_folders import load_images
 from PIL import Image
 
 from iic_dist.data import cache as decoded_cache

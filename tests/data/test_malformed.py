@@ -10,7 +10,7 @@ from pathlib import Path
 import malformed
 import numpy as np
 import pytest
-from loading import load_images
+from image_folders import load_images
 from PIL import Image
 
 LOAD = """
