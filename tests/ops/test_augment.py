@@ -108,8 +108,8 @@ def test_reading_stays_within_the_images() -> None:
     """The last image ends where a page ends that nobody may read beyond; vectors would."""
     program = """
 import ctypes, mmap, torch
-from iic_dist.augment import Views
-from iic_dist.view_spec import ViewSpec
+from iic_dist.views.spec import ViewSpec
+from iic_dist.views.views import Views
 page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
 memory = mmap.mmap(-1, 3 * page)
 start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
