@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,8 +146,8 @@ def test_threads_change_nothing() -> None:
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability: str) -> None:
     program = f"""
-import sys; sys.path[:0] = {sys.path!r}
-import torch, ops.test_views as t
+import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
+import torch, test_augment as t
 from dataclasses import replace
 assert torch.backends.cpu.get_cpu_capability() != "AVX512"
 for size in (7, 32, 40):
