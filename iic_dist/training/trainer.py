@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from tqdm import tqdm
 from iic_dist.config import Config
 from iic_dist.config.build import RunData, build_model, build_views
 from iic_dist.config.complete import complete
-from iic_dist.data.sampler import Batch
 from iic_dist.data.source import ImageSource, place_images
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
@@ -31,10 +30,10 @@ from iic_dist.models import on_device
 from iic_dist.models.feature_heads import adopt_heads, keep_selected, load_network
 from iic_dist.training import report, resume, stages
 from iic_dist.training.guard import Poll
+from iic_dist.training.inputs import Inputs
 from iic_dist.training.learner import Learner
 from iic_dist.training.monitor import Monitor
 from iic_dist.training.neighbour_stage import NeighbourStage
-from iic_dist.training.neighbours import draw_partners
 from iic_dist.training.schedule import Pass
 from iic_dist.training.stop import Stopping, StopSignals
 
@@ -68,6 +67,7 @@ class Trainer:
         self.data, self.place, self.device = data, place, device
         self.views = build_views(self.config)
         self.images = self._put_images()
+        self.inputs = Inputs(self.config, self.views, self.images)
         self.stage = "representation"
         self.course = stages.representation(self.config, place, len(data.train.images), len(self.images))
         train = self.config.train
@@ -88,7 +88,6 @@ class Trainer:
         self.stage_done = False
         self.stage_figures: dict[str, Any] = {}
         self._neighbour_state: Mapping[str, Any] | None = None
-        self.neighbours: Tensor | None = None
 
     def _new_learner(self) -> Learner:
         heads, turns = self.course.config.heads, self.course.schedule.heads_take_turns
@@ -243,7 +242,10 @@ class Trainer:
             self.learner.sub_heads.begin_pass(each.heads)
         schedule, epoch = self.course.schedule, self.epoch - self.course.first_epoch
         batches = schedule.batches(epoch, each.heads, position)
-        views = [part for heads, batch in batches for part in self._inputs(heads, batch, each.first_view)]
+        if self.stage == "refine":
+            views = [part for heads, batch in batches for part in self.inputs.of_refinement(heads, batch)]
+        else:
+            views = [part for heads, batch in batches for part in self.inputs.of_views(heads, batch, each.first_view)]
         if position + 1 < each.steps:
             for _, batch in schedule.batches(epoch, each.heads, position + 1):
                 self.images.prefetch(batch.indices)
@@ -258,38 +260,6 @@ class Trainer:
         for line in self.learner.end_pass(each.heads, self.epoch):
             if self.place.is_main:
                 _logger.warning("epoch %d: %s", self.epoch + 1, line)
-
-    def _inputs(self, heads: Sequence[str], batch: Batch, first_view: int) -> list[tuple[Sequence[str], Tensor]]:
-        """Make the views that these heads are trained on, group by group."""
-        if self.stage != "refine":
-            return [(heads, self._make_views(batch, first_view))]
-        own = self._make_views(batch, first_view)
-        pairs = self._refine_pairs(batch, own)
-        groups: list[tuple[Sequence[str], Tensor]] = [([head for head in heads if head != "contrastive"], pairs)]
-        return groups if "contrastive" not in heads else [*groups, (("contrastive",), own)]
-
-    def _refine_pairs(self, batch: Batch, own: Tensor) -> Tensor:
-        """Make the pairs of the last stage, (2 * N, C, S, S): first what an image is labelled by or compared with.
-
-        Args:
-            batch: The images.
-            own: Two views of each.
-        """
-        count = len(batch.indices)
-        if self.config.refine.towards == "labels":
-            images, rows, _ = self.images.gather(batch.indices)
-            plain = self.views.evaluation(images, rows, self.config.dtype, self.config.train.channels_last)
-            return torch.cat([plain, own[count:]])
-        assert self.neighbours is not None
-        partners = draw_partners(self.neighbours, batch.indices, self.config.run.seed, batch.epoch, 1)
-        return torch.cat([own[:count], self._make_views(Batch(batch.epoch, partners), 0)[count:]])
-
-    def _make_views(self, batch: Batch, first_view: int) -> Tensor:
-        images, rows, indices = self.images.gather(batch.indices)
-        layout = self.config.train.channels_last
-        return self.views.training(
-            images, rows, indices, batch.epoch, first_view, dtype=self.config.dtype, channels_last=layout
-        )
 
     def _train_on_neighbours(self, folder: Path, monitor: Monitor) -> dict[str, Any]:
         """Give the network new clustering heads, trained on neighbours in its features."""
@@ -341,7 +311,7 @@ class Trainer:
                 after_each=after_each,
             )
         stage = NeighbourStage(self.config, features, self.device, lambda images: self._heed())
-        self.neighbours = stage.neighbours
+        self.inputs.neighbours = stage.neighbours
         if self._neighbour_state is not None:
             stage.load_state_dict(self._neighbour_state)
         return stage
@@ -461,7 +431,7 @@ class Trainer:
             "stage_done": self.stage_done,
             "stage_figures": self.stage_figures,
             "first_step": self.course.first_step,
-            "neighbours": None if self.neighbours is None else self.neighbours.int(),
+            "neighbours": None if self.inputs.neighbours is None else self.inputs.neighbours.int(),
             "neighbour_state": self._neighbour_state,
             **self.learner.state_dict(),
         }
@@ -477,7 +447,7 @@ class Trainer:
         self.clustering_head = state["clustering_head"]
         self.stage_figures = state.get("stage_figures", {})
         neighbours = state.get("neighbours")
-        self.neighbours = None if neighbours is None else neighbours.long()
+        self.inputs.neighbours = None if neighbours is None else neighbours.long()
         self._neighbour_state = state.get("neighbour_state")
         if self.stage == "refine":
             load_network(self.model, state["model"], self.config.clustering_heads)
