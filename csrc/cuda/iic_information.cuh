@@ -4,11 +4,14 @@
 //   loss = -sum P A,  mutual information = sum P (ln P - ln q_row - ln q_col),  gradient = -A / T
 #pragma once
 
+#include <cooperative_groups.h>
+
 #include "reduce.cuh"
 
 namespace iic_dist {
 
 constexpr int kOneBlockMax = 104;  // clusters; the K x K matrix of a head then fits 48 KiB
+constexpr int kInformationBlocks = 8;  // most in a cluster that any device with clusters has room for
 constexpr int kInformationTile = 32;
 constexpr int kInformationThreads = 256;
 
@@ -24,16 +27,16 @@ struct InformationArgs {
     return sums[static_cast<int64_t>(num_heads) * num_clusters * num_clusters];
   }
 
-  // Writes one entry of both matrices of a head; adds to minus the loss and to the mutual information.
-  __device__ void entry(int64_t index, acc_t two_sums, acc_t pairs, acc_t independent, acc_t& score_sum,
+  // Writes one entry of both matrices of a head; adds to minus the loss and to the mutual information. per_pair: 1 / T.
+  __device__ void entry(int64_t index, acc_t two_sums, acc_t per_pair, acc_t independent, acc_t& score_sum,
                         acc_t& information) const {
-    const acc_t p = clamp_min(two_sums / (2 * pairs), eps);
+    const acc_t p = clamp_min(two_sums * (per_pair / 2), eps);
     const acc_t log_p = std::log(p);
     const acc_t score = log_p - entropy_weight * independent;
     score_sum += p * score;
     information += p * (log_p - independent);
     joint[index] = p;
-    joint_grad[index] = -score / pairs;
+    joint_grad[index] = -score * per_pair;
   }
 
   __device__ void finish(int head, acc_t score_sum, acc_t information, acc_t marginal_entropy) const {
@@ -46,23 +49,31 @@ struct InformationArgs {
 
 namespace {
 
-// A block owns one head; a thread owns entries of its matrix, a warp some of its marginals. Shared memory holds the
-// matrix M, with an odd stride against bank conflicts, and the logarithms of the marginals.
+// A cluster of blocks owns one head, a warp every some rows of its matrix; all blocks work out all marginals. Shared
+// memory holds the matrix M, with an odd stride against bank conflicts, and the logarithms of the marginals; that of the
+// first block takes the sums of the others.
 __global__ void __launch_bounds__(1024) iic_information_kernel(InformationArgs<float> args) {
   extern __shared__ float shared[];
-  __shared__ float scratch[kWarp];
-  const int k = args.num_clusters, stride = k | 1, head = blockIdx.x;
+  __shared__ float scratch[kWarp], parts[kInformationBlocks][2];
+  const int k = args.num_clusters, stride = k | 1, head = blockIdx.y, block = blockIdx.x;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
   float *matrix = shared, *log_marginal = shared + k * stride;
   const int64_t offset = static_cast<int64_t>(head) * k * k;
-  const float pairs = args.num_pairs();
-  for (int e = threadIdx.x; e < k * k; e += blockDim.x) matrix[e / k * stride + e % k] = args.sums[offset + e];
+  const float per_pair = 1 / args.num_pairs();
+#if __CUDA_ARCH__ >= 900
+  const auto cluster = cooperative_groups::this_cluster();
+  cluster.barrier_arrive();
+#endif
+#pragma unroll 4
+  for (int i = warp; i < k; i += num_warps) {
+    for (int j = lane; j < k; j += kWarp) matrix[i * stride + j] = args.sums[offset + i * k + j];
+  }
   __syncthreads();
   float entropy = 0;
   for (int i = warp; i < k; i += num_warps) {
     float sum = 0;
     for (int j = lane; j < k; j += kWarp) sum += matrix[i * stride + j] + matrix[j * stride + i];
-    const float marginal = clamp_min(group_sum<kWarp>(sum) / (2 * pairs), args.eps);
+    const float marginal = clamp_min(group_sum<kWarp>(sum) * (per_pair / 2), args.eps);
     const float log = std::log(marginal);
     if (lane == 0) {
       log_marginal[i] = log;
@@ -71,14 +82,30 @@ __global__ void __launch_bounds__(1024) iic_information_kernel(InformationArgs<f
   }
   __syncthreads();
   float score_sum = 0, information = 0;
-  for (int e = threadIdx.x; e < k * k; e += blockDim.x) {
-    const int i = e / k, j = e % k;
-    args.entry(offset + e, matrix[i * stride + j] + matrix[j * stride + i], pairs, log_marginal[i] + log_marginal[j],
-               score_sum, information);
+  for (int i = block * num_warps + warp; i < k; i += gridDim.x * num_warps) {
+    for (int j = lane; j < k; j += kWarp) {
+      args.entry(offset + i * k + j, matrix[i * stride + j] + matrix[j * stride + i], per_pair,
+                 log_marginal[i] + log_marginal[j], score_sum, information);
+    }
   }
   score_sum = block_sum(score_sum, scratch);
   information = block_sum(information, scratch);
   entropy = block_sum(entropy, scratch);
+#if __CUDA_ARCH__ >= 900
+  cluster.barrier_wait();  // the first block runs
+  if (threadIdx.x == 0) {
+    float* const part = cluster.map_shared_rank(parts[block], 0);
+    part[0] = score_sum;
+    part[1] = information;
+  }
+  cluster.sync();
+  if (block > 0 || threadIdx.x > 0) return;
+  score_sum = information = 0;
+  for (int other = 0; other < static_cast<int>(gridDim.x); ++other) {
+    score_sum += parts[other][0];
+    information += parts[other][1];
+  }
+#endif
   if (threadIdx.x == 0) args.finish(head, score_sum, information, entropy);
 }
 
@@ -95,6 +122,7 @@ __global__ void __launch_bounds__(kInformationThreads)
   for (int row = part; row < kWarp; row += kParts) {
     acc_t sum = 0;
     if (first + row < k) {
+#pragma unroll 16
       for (int j = lane; j < k; j += kWarp) sum += matrix[static_cast<int64_t>(first + row) * k + j];
     }
     sum = group_sum<kWarp>(sum);
@@ -102,6 +130,7 @@ __global__ void __launch_bounds__(kInformationThreads)
   }
   acc_t sum = 0;
   if (column < k) {
+#pragma unroll 16
     for (int i = part; i < k; i += kParts) sum += matrix[static_cast<int64_t>(i) * k + column];
   }
   column_sums[part][lane] = sum;
@@ -126,18 +155,20 @@ __global__ void __launch_bounds__(kInformationThreads)
   const int x = threadIdx.x % kTile, y = threadIdx.x / kTile;
   const int64_t offset = static_cast<int64_t>(head) * k * k;
   const acc_t* log_marginal = marginals + static_cast<int64_t>(head) * k;
+#pragma unroll
   for (int row = y; row < kTile; row += kStep) {
     const int j = first_j + row, i = first_i + x;
     mirror[row][x] = j < k && i < k ? args.sums[offset + static_cast<int64_t>(j) * k + i] : acc_t(0);
   }
   __syncthreads();
-  const acc_t pairs = args.num_pairs();
+  const acc_t per_pair = 1 / args.num_pairs();
   acc_t score_sum = 0, information = 0;
+#pragma unroll
   for (int row = y; row < kTile; row += kStep) {
     const int i = first_i + row, j = first_j + x;
     if (i >= k || j >= k) continue;
     const int64_t index = offset + static_cast<int64_t>(i) * k + j;
-    args.entry(index, args.sums[index] + mirror[x][row], pairs, log_marginal[i] + log_marginal[j], score_sum,
+    args.entry(index, args.sums[index] + mirror[x][row], per_pair, log_marginal[i] + log_marginal[j], score_sum,
                information);
   }
   score_sum = block_sum(score_sum, scratch);

@@ -7,24 +7,72 @@ namespace iic_dist {
 
 constexpr int kSmallMax = 32;
 constexpr int kSmallThreads = 128;
-constexpr int kSmallResident = 4;             // blocks that share a multiprocessor: up to 128 registers a thread
 constexpr int kSmallRows = 64;                // pairs in a tile: half of the threads take one view, half the other
 constexpr int kSmallStride = kSmallRows + 8;  // no bank conflict where lanes read four clusters of two row groups
 
-// Softmax of 64 pairs as probs[view][cluster][row]; of the second view the sum over the repeats. p keeps the
-// softmax of this thread's row, of its last repeat in the second view. Rows past the batch are zero.
+// Blocks that share a multiprocessor.
+template <int kMax>
+constexpr int kSmallResident = kMax <= 16 ? 4 : 2;
+
+// Rows [first_row, first_row + 64) of one view and head on their way between global memory, where neighbouring threads
+// take neighbouring values, and shared memory, where each thread takes a row: rows[row * (k | 1) + cluster], no bank
+// conflict. An element is (e / k, e % k), with the division by a product that is exact below 2048.
+template <int kMax>
+struct SmallRows {
+  static constexpr int kSize = kSmallRows * (kMax + 1), kEach = kSmallRows * kMax / kSmallThreads;
+  float* rows;
+  int k;
+
+  __device__ const float* row(int index) const { return rows + index * (k | 1); }
+
+  // Calls visit(i, row, cluster, place) for the elements of this thread, where the batch has them.
+  template <typename Visit>
+  __device__ void each(int64_t rows_left, const Visit& visit) const {
+    const int magic = (65535 + k) / k;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int e = threadIdx.x + i * kSmallThreads, row = e * magic >> 16, cluster = e - row * k;
+      if (row < kSmallRows && row < rows_left) visit(i, row, cluster, row * (k | 1) + cluster);
+    }
+  }
+};
+
+// The logits of 64 rows in registers, as they go to shared memory.
 template <int kMax, typename scalar_t>
-__device__ void small_softmax(const Batch<scalar_t>& batch, int head, int64_t first_row,
-                              float (&probs)[2][kMax][kSmallStride], float (&p)[kMax]) {
-  const int view = threadIdx.x / kSmallRows, row = threadIdx.x % kSmallRows;
-  const Rows<scalar_t> source = {view == 0 ? batch.a.data : batch.b.data,
-                                 view == 0 ? batch.a.row_stride : batch.b.row_stride,
-                                 view == 0 ? batch.a.head_stride : batch.b.head_stride};
-  const int repeats = view == 0 ? 1 : batch.repeats;
-  const int64_t i = first_row + row;
-  for (int r = 0; r < repeats; ++r) {
-    const scalar_t* logits = i < batch.num_rows ? source.at(r * batch.num_rows + i, head) : nullptr;
-    softmax_row<1>(logits, batch.num_clusters, p);
+__device__ void small_fetch(const SmallRows<kMax>& shape, const Rows<scalar_t>& view, int head, int64_t first_row,
+                            int64_t rows_left, float (&values)[SmallRows<kMax>::kEach]) {
+  shape.each(rows_left, [&](int i, int row, int cluster, int place) {
+    values[i] = static_cast<float>(view.at(first_row + row, head)[cluster]);
+  });
+}
+
+template <int kMax>
+__device__ void small_put(const SmallRows<kMax>& shape, int64_t rows_left,
+                          const float (&values)[SmallRows<kMax>::kEach]) {
+  shape.each(rows_left, [&](int i, int row, int cluster, int place) { shape.rows[place] = values[i]; });
+}
+
+// Softmax of 64 pairs as probs[view][cluster][row]; of the second view the sum over the repeats. p keeps the softmax of
+// this thread's row, of its last repeat in the second view. Rows past the batch are zero. `between` runs while the first
+// logits are on their way. Every thread must call.
+template <int kMax, typename scalar_t, typename Between>
+__device__ void small_softmax(const Batch<scalar_t>& batch, int head, int64_t first_row, float* rows,
+                              float (&probs)[2][kMax][kSmallStride], float (&p)[kMax], const Between& between) {
+  const int view = threadIdx.x / kSmallRows, row = threadIdx.x % kSmallRows, k = batch.num_clusters;
+  const int64_t rows_left = batch.num_rows - first_row;
+  const SmallRows<kMax> rows_a = {rows, k}, rows_b = {rows + SmallRows<kMax>::kSize, k};
+  for (int r = 0; r < batch.repeats; ++r) {
+    float values_a[SmallRows<kMax>::kEach], values_b[SmallRows<kMax>::kEach];
+    if (r == 0) small_fetch(rows_a, batch.a, head, first_row, rows_left, values_a);
+    small_fetch(rows_b, batch.b, head, r * batch.num_rows + first_row, rows_left, values_b);
+    if (r == 0) between();
+    if (r > 0) __syncthreads();  // the repeat before has been read
+    if (r == 0) small_put(rows_a, rows_left, values_a);
+    small_put(rows_b, rows_left, values_b);
+    __syncthreads();
+    if (view == 0 && r > 0) continue;
+    const float* const logits = rows_a.row(row) + view * SmallRows<kMax>::kSize;
+    softmax_row<1>(row < rows_left ? logits : nullptr, k, p);
 #pragma unroll
     for (int c = 0; c < kMax; ++c) probs[view][c][row] = r == 0 ? p[c] : probs[view][c][row] + p[c];
   }
@@ -33,12 +81,13 @@ __device__ void small_softmax(const Batch<scalar_t>& batch, int head, int64_t fi
 namespace {
 
 // A block owns a chunk of the rows of one head; a thread owns 4 x 4 sums over every kSlices-th group of 4 rows of a
-// tile (and one row of one view in the softmax). Shared memory holds the softmaxes of a tile of 64 pairs.
+// tile (and one row of one view in the softmax). Shared memory holds logits and softmaxes of a tile of 64 pairs.
 template <int kMax, typename scalar_t>
-__global__ void __launch_bounds__(kSmallThreads, kSmallResident)
+__global__ void __launch_bounds__(kSmallThreads, kSmallResident<kMax>)
     iic_small_joint_kernel(Batch<scalar_t> batch, int tiles_per_block, float* partial) {
   constexpr int kSide = kMax / 4, kSlices = kSmallThreads / (kSide * kSide);
   alignas(16) __shared__ float probs[2][kMax][kSmallStride];
+  __shared__ float rows[2 * SmallRows<kMax>::kSize];
   const int slice = threadIdx.x % kSlices, patch = threadIdx.x / kSlices;
   const int first_i = patch / kSide, first_j = patch % kSide;
   float sums[4][4] = {};
@@ -46,7 +95,7 @@ __global__ void __launch_bounds__(kSmallThreads, kSmallResident)
     const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * tiles_per_block + tile) * kSmallRows;
     if (first_row >= batch.num_rows) break;
     float unused[kMax];
-    small_softmax(batch, blockIdx.y, first_row, probs, unused);
+    small_softmax(batch, blockIdx.y, first_row, rows, probs, unused, [] {});
     __syncthreads();
 #pragma unroll 1
     for (int row = slice * 4; row < kSmallRows; row += kSlices * 4) {
@@ -79,47 +128,52 @@ __global__ void __launch_bounds__(kSmallThreads, kSmallResident)
   }
 }
 
-// z * (g - <z, g>) of one row, in registers; writes the first num_clusters.
-template <int kMax, typename scalar_t>
-__device__ void small_write_grad(const float (&p)[kMax], const float (&g)[kMax], int num_clusters, scalar_t* out) {
-  float dot = 0;
-#pragma unroll
-  for (int c = 0; c < kMax; ++c) dot += p[c] * g[c];
-#pragma unroll
-  for (int c = 0; c < kMax; ++c) {
-    if (c < num_clusters) out[c] = static_cast<scalar_t>(p[c] * (g[c] - dot));
-  }
-}
-
 // A block owns 64 pairs of one head; a thread owns one row of one view (of all its repeats in the second view).
-// Shared memory holds the softmaxes of both views, which a thread needs of its partner, and the centred gradient.
+// Shared memory holds logits, and later gradients, and softmaxes of both views, which a thread needs of its partner,
+// and the centred gradient.
 template <int kMax, typename scalar_t>
-__global__ void __launch_bounds__(kSmallThreads, kSmallResident)
+__global__ void __launch_bounds__(kSmallThreads, kSmallResident<kMax>)
     iic_small_grad_kernel(Batch<scalar_t> batch, JointGrad joint_grad, scalar_t* grad_a, scalar_t* grad_b) {
   alignas(16) __shared__ float probs[2][kMax][kSmallStride];
   alignas(16) __shared__ float matrix[kMax][kMax];
+  __shared__ float rows[2 * SmallRows<kMax>::kSize];
   const int head = blockIdx.y, k = batch.num_clusters;
   const int view = threadIdx.x / kSmallRows, row = threadIdx.x % kSmallRows;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kSmallRows, i = first_row + row;
-  load_centred<kMax, kMax>(&matrix[0][0], joint_grad, head, 0, kMax, k);
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kSmallRows, rows_left = batch.num_rows - first_row;
   float p[kMax];
-  small_softmax(batch, head, first_row, probs, p);
+  small_softmax(batch, head, first_row, rows, probs, p,
+                [&] { load_centred<kMax>(&matrix[0][0], joint_grad, head, k); });
   __syncthreads();
-  if (i >= batch.num_rows) return;
   float g[kMax] = {};
   for (int j = 0; j < k; ++j) {
     const float partner = probs[1 - view][j][row];
 #pragma unroll
     for (int c = 0; c < kMax; ++c) g[c] += matrix[j][c] * partner;
   }
-  if (view == 0) {
-    small_write_grad(p, g, k, grad_a + (i * batch.num_heads + head) * k);
-    return;
-  }
+  const auto copy_out = [&](const float* source, int64_t first, scalar_t* grad) {
+    SmallRows<kMax>{nullptr, k}.each(rows_left, [&](int i, int at, int cluster, int place) {
+      grad[((first + at) * batch.num_heads + head) * k + cluster] = static_cast<scalar_t>(source[place]);
+    });
+  };
   for (int r = batch.repeats - 1; r >= 0; --r) {  // backwards: the last repeat's softmax is still in p
-    const int64_t repeat_row = r * batch.num_rows + i;
-    if (r < batch.repeats - 1) softmax_row<1>(batch.b.at(repeat_row, head), k, p);
-    small_write_grad(p, g, k, grad_b + (repeat_row * batch.num_heads + head) * k);
+    const bool last = r == batch.repeats - 1;
+    const int64_t repeat_row = r * batch.num_rows + first_row;
+    if (!last && view == 1) {
+      softmax_row<1>(row < rows_left ? batch.b.at(repeat_row + row, head) : nullptr, k, p);
+    }
+    if (last || view == 1) {
+      float dot = 0;
+#pragma unroll
+      for (int c = 0; c < kMax; ++c) dot += p[c] * g[c];
+#pragma unroll
+      for (int c = 0; c < kMax; ++c) {
+        if (c < k) rows[view * SmallRows<kMax>::kSize + row * (k | 1) + c] = p[c] * (g[c] - dot);
+      }
+    }
+    __syncthreads();
+    if (last) copy_out(rows, first_row, grad_a);
+    copy_out(rows + SmallRows<kMax>::kSize, repeat_row, grad_b);
+    if (r > 0) __syncthreads();  // before the next repeat's gradients take their place
   }
 }
 

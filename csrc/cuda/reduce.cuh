@@ -64,9 +64,10 @@ __device__ T clamp_min(T x, T low) {
   return x < low ? low : x;
 }
 
-// Softmax of one row by a group of kLanes lanes: this lane gets columns lane, lane + kLanes, ... in p, zero from
-// column num_cols on (NaN in a row of NaN). A null row gives zeros. Every lane of the warp must call.
-template <int kLanes, int kCols, typename scalar_t>
+// Softmax of one row by a group of kLanes lanes, which take kSide columns side by side in turn: p[j] is that of column
+// (j / kSide * kLanes + lane) * kSide + j % kSide, zero from column num_cols on (NaN in a row of NaN). A null row gives
+// zeros. Every lane of the warp must call.
+template <int kLanes, int kSide = 1, int kCols, typename scalar_t>
 __device__ void softmax_row(const scalar_t* row, int num_cols, float (&p)[kCols]) {
   const int lane = threadIdx.x % kLanes;
   const bool present = row != nullptr;
@@ -74,7 +75,7 @@ __device__ void softmax_row(const scalar_t* row, int num_cols, float (&p)[kCols]
   float largest = outside;
 #pragma unroll
   for (int j = 0; j < kCols; ++j) {
-    const int col = lane + j * kLanes;
+    const int col = (j / kSide * kLanes + lane) * kSide + j % kSide;
     p[j] = present && col < num_cols ? static_cast<float>(row[col]) : outside;
     largest = fmaxf(largest, p[j]);
   }
