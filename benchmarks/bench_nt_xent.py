@@ -274,12 +274,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seconds", type=float, default=10, help="for each shape, on a CPU")
+    parser.add_argument("--fused-only", action="store_true", help="leave out the rivals, on a GPU")
     parser.add_argument("--output", type=Path, help="the JSON file; default results/nt_xent_DEVICE.json")
     options = parser.parse_args()
     path = options.output or Path(__file__).parent / "results" / f"nt_xent_{options.device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     if options.device == "cuda":
-        main_cuda(path)
+        main_cuda(path, options.fused_only)
     else:
         main_cpu(path, options.seconds)
 
@@ -298,11 +299,13 @@ def main_cpu(path: Path, seconds: float) -> None:
     print(f"written to {path}")
 
 
-def main_cuda(path: Path) -> None:
+def main_cuda(path: Path, fused_only: bool) -> None:
     """Write the file after each case, so that a run that is cut off leaves its figures."""
     rows: list[dict[str, Any]] = []
     figures = {"provenance": measuring.provenance("cuda"), "rows": rows}
     for case in gpu_cases():
+        if fused_only and case[-1] != "impl=fused":
+            continue
         rows.append(measure_on_gpu(*case))
         path.write_text(json.dumps(figures, indent=2) + "\n")
         print(".", end="", flush=True)
