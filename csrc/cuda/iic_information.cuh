@@ -49,9 +49,9 @@ struct InformationArgs {
 
 namespace {
 
-// A cluster of blocks owns one head, a warp every some rows of its matrix; all blocks work out all marginals. Shared
-// memory holds the matrix M, with an odd stride against bank conflicts, and the logarithms of the marginals; that of the
-// first block takes the sums of the others.
+// A cluster of blocks owns one head, a warp pieces of rows of its matrix; all blocks work out all marginals. Shared
+// memory holds the matrix M, with an odd stride against bank conflicts, and the logarithms of the marginals; that of
+// the first block takes the sums of the others.
 __global__ void __launch_bounds__(1024) iic_information_kernel(InformationArgs<float> args) {
   constexpr int kSide = (kOneBlockMax + kWarp - 1) / kWarp;  // rows of a warp, and columns of a lane
   extern __shared__ float shared[];

@@ -44,7 +44,8 @@ struct SmallRows {
 template <int kMax, typename scalar_t>
 __device__ void small_fetch(const Rows<scalar_t>& view, int head, int64_t first_row, int64_t rows_left, int k,
                             float (&values)[SmallRows<kMax>::kEach]) {
-  const int magic = SmallRows<kMax>::magic(k), last = static_cast<int>(rows_left < kSmallRows ? rows_left : kSmallRows) - 1;
+  const int magic = SmallRows<kMax>::magic(k);
+  const int last = static_cast<int>(rows_left < kSmallRows ? rows_left : kSmallRows) - 1;
 #pragma unroll
   for (int i = 0; i < SmallRows<kMax>::kEach; ++i) {
     const int e = threadIdx.x + i * kSmallThreads, row = min(e * magic >> 16, last), cluster = min(e - row * k, k - 1);
@@ -59,8 +60,8 @@ __device__ void small_put(const SmallRows<kMax>& shape, int64_t rows_left,
 }
 
 // Softmax of 64 pairs as probs[view][cluster][row]; of the second view the sum over the repeats. p keeps the softmax of
-// this thread's row, of its last repeat in the second view. Rows past the batch are zero. `between` runs while the first
-// logits are on their way. Every thread must call.
+// this thread's row, of its last repeat in the second view. Rows past the batch are zero. `between` runs while the
+// first logits are on their way. Every thread must call.
 template <int kMax, typename scalar_t, typename Between>
 __device__ void small_softmax(const Batch<scalar_t>& batch, int head, int64_t first_row, float* rows,
                               float (&probs)[2][kMax][kSmallStride], float (&p)[kMax], const Between& between) {

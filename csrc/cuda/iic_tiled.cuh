@@ -1,7 +1,7 @@
 // IIC kernels for up to 160 clusters: a block owns a chunk of rows, the products run on the tensor cores.
 //
-// Tensor cores multiply bfloat16 fastest, too coarse for a probability. So one is kept as a sum of bfloat16 numbers, its
-// planes: three give a float32 exactly, two of them 2^-17 relative, for logits of 16 bits. See multiply_planes.
+// Tensor cores multiply bfloat16 fastest, too coarse for a probability. So one is kept as a sum of bfloat16 numbers,
+// its planes: three give a float32 exactly, two of them 2^-17 relative, for logits of 16 bits. See multiply_planes.
 #pragma once
 
 #include <type_traits>
