@@ -40,6 +40,7 @@ SECONDS = {
 }
 """Share of each step; what one leaves over goes to the next ones. Together 525 s."""
 BENCHMARKS = ("bench_iic", "bench_nt_xent", "bench_augment")
+WITH_RIVALS = ("bench_iic", "bench_nt_xent")
 LAST_WORDS = 8
 """Seconds between the request to stop and the end by force, within the share."""
 TAIL = 6000
@@ -179,7 +180,7 @@ def read_sanitizer(output: str) -> dict[str, Any]:
     return {"figures": {"summary": summary}}
 
 
-def steps(folder: Path, capability: str) -> list[Step]:
+def steps(folder: Path, capability: str, again: bool = False) -> list[Step]:
     """All steps, in order; `folder` is for what they write."""
     python = sys.executable
     marked = [str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
@@ -208,12 +209,16 @@ def steps(folder: Path, capability: str) -> list[Step]:
             "build",
             [python, "setup.py", "build_ext", "--inplace", "--force"],
             {"IIC_DIST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": capability},
+            "--again" if again else None,
         ),
         Step("tests", [python, *pytest, *marked], figures=read_tests(folder / "tests.xml")),
         *(
             Step(
                 name,
-                [python, f"benchmarks/{name}.py", "--device", "cuda", "--output", str(folder / f"{name}.json")],
+                [
+                    *(python, f"benchmarks/{name}.py", "--device", "cuda", "--output", str(folder / f"{name}.json")),
+                    *(["--fused-only"] if again and name in WITH_RIVALS else []),
+                ],
                 figures=read_json(folder / f"{name}.json"),
             )
             for name in BENCHMARKS
@@ -320,7 +325,7 @@ def describe(name: str, result: dict[str, Any]) -> str:
     return f"{name:12}{result['status']:9}{', '.join(details)}"
 
 
-def run_all(output: Path) -> bool:
+def run_all(output: Path, again: bool) -> bool:
     """Run every step; return whether none failed."""
     started = time.monotonic()
     device, capability = find_gpu()
@@ -334,7 +339,7 @@ def run_all(output: Path) -> bool:
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"{device}, compute capability {capability}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for step in steps(Path(folder), capability):
+        for step in steps(Path(folder), capability, again):
             deadline += SECONDS[step.name]
             try:
                 result = run(step, deadline)
@@ -353,12 +358,13 @@ def run_all(output: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--again", action="store_true", help="leave out the build and the rivals: 3 minutes")
     parser.add_argument("--small-shapes", choices=("all", "own"), help="only what compute-sanitizer looks at")
     options = parser.parse_args()
     if options.small_shapes:
         run_small_shapes(options.small_shapes == "all")
     else:
-        sys.exit(0 if run_all(options.output.resolve()) else 1)
+        sys.exit(0 if run_all(options.output.resolve(), options.again) else 1)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(256)
   if (entry < num_entries) {
     const int64_t head = entry / matrix_size;
     const float* source = partial + head * chunks * matrix_size + entry % matrix_size;
-#pragma unroll 8
-    for (int chunk = 0; chunk < chunks; ++chunk) sum += source[static_cast<int64_t>(chunk) * matrix_size];
+    sum = sum_in_batches<float>(chunks,
+                                [&](int chunk) { return source[static_cast<int64_t>(chunk) * matrix_size]; });
   }
   sums[entry] = entry < num_entries ? sum : num_pairs;
 }

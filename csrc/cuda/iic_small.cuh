@@ -25,25 +25,32 @@ struct SmallRows {
 
   __device__ const float* row(int index) const { return rows + index * (k | 1); }
 
+  static __device__ int magic(int k) { return (65535 + k) / k; }
+
   // Calls visit(i, row, cluster, place) for the elements of this thread, where the batch has them.
   template <typename Visit>
   __device__ void each(int64_t rows_left, const Visit& visit) const {
-    const int magic = (65535 + k) / k;
+    const int inverse = magic(k);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int e = threadIdx.x + i * kSmallThreads, row = e * magic >> 16, cluster = e - row * k;
+      const int e = threadIdx.x + i * kSmallThreads, row = e * inverse >> 16, cluster = e - row * k;
       if (row < kSmallRows && row < rows_left) visit(i, row, cluster, row * (k | 1) + cluster);
     }
   }
 };
 
-// The logits of 64 rows in registers, as they go to shared memory.
+// The logits of 64 rows in registers, as they go to shared memory; what is not there is a copy of something, since a
+// branch would let one load wait for the other.
 template <int kMax, typename scalar_t>
-__device__ void small_fetch(const SmallRows<kMax>& shape, const Rows<scalar_t>& view, int head, int64_t first_row,
-                            int64_t rows_left, float (&values)[SmallRows<kMax>::kEach]) {
-  shape.each(rows_left, [&](int i, int row, int cluster, int place) {
+__device__ void small_fetch(const Rows<scalar_t>& view, int head, int64_t first_row, int64_t rows_left, int k,
+                            float (&values)[SmallRows<kMax>::kEach]) {
+  const int magic = SmallRows<kMax>::magic(k);
+  const int last = static_cast<int>(rows_left < kSmallRows ? rows_left : kSmallRows) - 1;
+#pragma unroll
+  for (int i = 0; i < SmallRows<kMax>::kEach; ++i) {
+    const int e = threadIdx.x + i * kSmallThreads, row = min(e * magic >> 16, last), cluster = min(e - row * k, k - 1);
     values[i] = static_cast<float>(view.at(first_row + row, head)[cluster]);
-  });
+  }
 }
 
 template <int kMax>
@@ -53,8 +60,8 @@ __device__ void small_put(const SmallRows<kMax>& shape, int64_t rows_left,
 }
 
 // Softmax of 64 pairs as probs[view][cluster][row]; of the second view the sum over the repeats. p keeps the softmax of
-// this thread's row, of its last repeat in the second view. Rows past the batch are zero. `between` runs while the first
-// logits are on their way. Every thread must call.
+// this thread's row, of its last repeat in the second view. Rows past the batch are zero. `between` runs while the
+// first logits are on their way. Every thread must call.
 template <int kMax, typename scalar_t, typename Between>
 __device__ void small_softmax(const Batch<scalar_t>& batch, int head, int64_t first_row, float* rows,
                               float (&probs)[2][kMax][kSmallStride], float (&p)[kMax], const Between& between) {
@@ -63,8 +70,8 @@ __device__ void small_softmax(const Batch<scalar_t>& batch, int head, int64_t fi
   const SmallRows<kMax> rows_a = {rows, k}, rows_b = {rows + SmallRows<kMax>::kSize, k};
   for (int r = 0; r < batch.repeats; ++r) {
     float values_a[SmallRows<kMax>::kEach], values_b[SmallRows<kMax>::kEach];
-    if (r == 0) small_fetch(rows_a, batch.a, head, first_row, rows_left, values_a);
-    small_fetch(rows_b, batch.b, head, r * batch.num_rows + first_row, rows_left, values_b);
+    if (r == 0) small_fetch<kMax>(batch.a, head, first_row, rows_left, k, values_a);
+    small_fetch<kMax>(batch.b, head, r * batch.num_rows + first_row, rows_left, k, values_b);
     if (r == 0) between();
     if (r > 0) __syncthreads();  // the repeat before has been read
     if (r == 0) small_put(rows_a, rows_left, values_a);

@@ -1,7 +1,7 @@
 // IIC kernels for up to 160 clusters: a block owns a chunk of rows, the products run on the tensor cores.
 //
-// Tensor cores multiply bfloat16 fastest, too coarse for a probability. So one is kept as a sum of bfloat16 numbers, its
-// planes: three give a float32 exactly, two of them 2^-17 relative, for logits of 16 bits. See multiply_planes.
+// Tensor cores multiply bfloat16 fastest, too coarse for a probability. So one is kept as a sum of bfloat16 numbers,
+// its planes: three give a float32 exactly, two of them 2^-17 relative, for logits of 16 bits. See multiply_planes.
 #pragma once
 
 #include <type_traits>
@@ -55,28 +55,39 @@ struct TiledProbs {
   }
 };
 
-// Softmax of 32 rows of one view, summed over the repeats [first, last); zeros past the batch and past the clusters.
+// Softmax of 32 pairs, from first_view on; of the second view the sum over the repeats [first, last). Zeros past the
+// batch and past the clusters. All logits of the first repeat are on their way at once.
 template <int kMax, int kPlaneCount, typename scalar_t>
-__device__ void tiled_softmax(const Batch<scalar_t>& batch, int view, int head, int64_t first_row, int first, int last,
-                              const TiledProbs<kMax, kPlaneCount>& probs) {
-  constexpr int kCols = kMax / kTiledLanes;
-  const Rows<scalar_t> source = {view == 0 ? batch.a.data : batch.b.data,
-                                 view == 0 ? batch.a.row_stride : batch.b.row_stride,
-                                 view == 0 ? batch.a.head_stride : batch.b.head_stride};
-  const int lane = threadIdx.x % kTiledLanes;
-  for (int row = threadIdx.x / kTiledLanes; row < kTiledRows; row += kTiledThreads<kMax> / kTiledLanes) {
-    const int64_t i = first_row + row;
-    float sum[kCols] = {};
-    for (int r = first; r < last; ++r) {
-      const scalar_t* logits = i < batch.num_rows ? source.at(r * batch.num_rows + i, head) : nullptr;
-      float p[kCols];
-      softmax_row<kTiledLanes, 2>(logits, batch.num_clusters, p);
+__device__ void tiled_softmax(const Batch<scalar_t>& batch, int head, int64_t first_row, int first_view, int first,
+                              int last, const TiledProbs<kMax, kPlaneCount>& probs) {
+  constexpr int kCols = kMax / kTiledLanes, kGroups = kTiledThreads<kMax> / kTiledLanes;
+  constexpr int kPasses = (2 * kTiledRows + kGroups - 1) / kGroups;
+  const int lane = threadIdx.x % kTiledLanes, first_place = first_view * kTiledRows + threadIdx.x / kTiledLanes;
+  const auto logits = [&](int place, int r) -> const scalar_t* {
+    const int64_t row = first_row + place % kTiledRows;
+    if (row >= batch.num_rows) return nullptr;
+    return place < kTiledRows ? batch.a.at(row, head) : batch.b.at(r * batch.num_rows + row, head);
+  };
+  float sum[kPasses][kCols];
 #pragma unroll
-      for (int j = 0; j < kCols; ++j) sum[j] += p[j];
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int place = first_place + pass * kGroups;
+    if (place < 2 * kTiledRows) load_row<kTiledLanes, 2>(logits(place, first), batch.num_clusters, sum[pass]);
+  }
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int place = first_place + pass * kGroups, view = place / kTiledRows, row = place % kTiledRows;
+    if (place >= 2 * kTiledRows) break;  // the same for all lanes of a warp
+    softmax_values<kTiledLanes>(first_row + row < batch.num_rows, sum[pass]);
+    for (int r = first + 1; view == 1 && r < last; ++r) {
+      float p[kCols];
+      softmax_row<kTiledLanes, 2>(logits(place, r), batch.num_clusters, p);
+#pragma unroll
+      for (int j = 0; j < kCols; ++j) sum[pass][j] += p[j];
     }
 #pragma unroll
     for (int j = 0; j < kCols; j += 2) {
-      probs.set_pair(view, row, j * kTiledLanes + lane * 2, sum[j], sum[j + 1]);
+      probs.set_pair(view, row, j * kTiledLanes + lane * 2, sum[pass][j], sum[pass][j + 1]);
     }
   }
 }
@@ -97,8 +108,7 @@ __global__ void __launch_bounds__(kTiledThreads<kMax>, kTiledResident<kMax>)
   for (int tile = 0; tile < tiles_per_block; ++tile) {
     const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * tiles_per_block + tile) * kTiledRows;
     if (first_row >= batch.num_rows) break;
-    tiled_softmax(batch, 0, blockIdx.y, first_row, 0, 1, probs);
-    tiled_softmax(batch, 1, blockIdx.y, first_row, 0, batch.repeats, probs);
+    tiled_softmax(batch, blockIdx.y, first_row, 0, 0, batch.repeats, probs);
     __syncthreads();
     if (first_i < k) {
       uint32_t a[kSteps][kCount][4];
@@ -112,7 +122,6 @@ __global__ void __launch_bounds__(kTiledThreads<kMax>, kTiledResident<kMax>)
       }
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        if (first_j + n * 8 >= k) break;
         uint32_t b[kCount][4];  // of both steps
 #pragma unroll
         for (int p = 0; p < kCount; ++p) load_matrices_transposed(b[p], probs.at(1, p, lane, first_j + n * 8));
@@ -230,13 +239,11 @@ __global__ void __launch_bounds__(kTiledThreads<kMax>, kTiledResident<kMax>)
     const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * tiles_per_block + tile) * kTiledRows;
     if (first_row >= batch.num_rows) break;
     __syncthreads();  // the tile before is done with
-    tiled_softmax(batch, 0, head, first_row, 0, 1, probs);
-    tiled_softmax(batch, 1, head, first_row, 0, batch.repeats, probs);
+    tiled_softmax(batch, head, first_row, 0, 0, batch.repeats, probs);
     __syncthreads();
     float sums[Part::kViews][kStrips][Part::kTiles][4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (step * 16 >= k) break;
 #pragma unroll
       for (int v = 0; v < Part::kViews; ++v) {
 #pragma unroll
@@ -256,7 +263,7 @@ __global__ void __launch_bounds__(kTiledThreads<kMax>, kTiledResident<kMax>)
     for (int r = 0; r < batch.repeats; ++r) {
       if (batch.repeats > 1) {  // the second view's probabilities are a sum: put this repeat there
         __syncthreads();
-        tiled_softmax(batch, 1, head, first_row, r, r + 1, probs);
+        tiled_softmax(batch, head, first_row, 1, r, r + 1, probs);
         __syncthreads();
       }
 #pragma unroll

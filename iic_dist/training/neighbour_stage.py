@@ -45,7 +45,7 @@ class NeighbourStage:
         if count < 3:
             raise UsageError(f"{count} images have no neighbours to speak of: at least 3 are needed")
         self.device, self.dtype = device, config.dtype
-        self.space = fit_space(features, config.run.seed, device, config.dtype)
+        self.space = fit_space(features, device, config.dtype, after_block)
         self.vectors = map_features(features, self.space, device, config.data.device_budget_gib)
         self.neighbours = find_neighbours(self.vectors, min(asked.k, count - 1), device, after_block)
         own = dataclasses.replace(
