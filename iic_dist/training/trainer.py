@@ -172,7 +172,8 @@ class Trainer:
             while self.epoch < last:
                 self._train_epoch(folder, monitor, bar)
                 done = self.epoch + 1
-                if done == last or (train.evaluate_every and done % train.evaluate_every == 0):
+                due = done == last or (train.evaluate_every and done % train.evaluate_every == 0)
+                if due and self._clusters_are_trained():
                     result = self._evaluate_and_show(monitor, bar, f"epoch {done}", done == last)
                 self.epoch, self.stage_done = done, done == last
                 if done == last or done % train.checkpoint_every == 0:
@@ -181,6 +182,10 @@ class Trainer:
                     loss = self.sub_heads.lowest_loss(self.config.clustering_heads) if first else None
                     save(folder, self.state_dict(), loss)
         return result or self.evaluate()
+
+    def _clusters_are_trained(self) -> bool:
+        """Whether a clustering head has been trained so far; a warm-up may take the whole first stage."""
+        return all(self.sub_heads.losses[head].isfinite().any() for head in self.config.clustering_heads)
 
     def _progress(self, total: int, done: int, unit: str) -> tqdm[Any]:
         hidden = not (self.place.is_main and self.config.monitor.progress)
