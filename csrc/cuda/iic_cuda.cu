@@ -229,7 +229,7 @@ void launch_information(const InformationArgs<acc_t>& args, const at::TensorOpti
   const auto side = static_cast<unsigned>(ceil_div(args.num_clusters, kInformationTile));
   const at::Tensor marginals = at::empty({2, args.num_heads, args.num_clusters}, options);
   const at::Tensor partial = at::empty({args.num_heads, side, side, 2}, options);
-  iic_marginal_kernel<acc_t><<<dim3(side, heads), kInformationThreads, 0, stream>>>(
+  iic_marginal_kernel<acc_t><<<dim3(side, heads), kMarginalThreads, 0, stream>>>(
       args, marginals.mutable_data_ptr<acc_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   iic_terms_kernel<acc_t><<<dim3(side, side, heads), kInformationThreads, 0, stream>>>(

@@ -14,6 +14,7 @@ constexpr int kOneBlockMax = 104;  // clusters; the K x K matrix of a head then 
 constexpr int kInformationBlocks = 8;  // most in a cluster that any device with clusters has room for
 constexpr int kInformationTile = 32;
 constexpr int kInformationThreads = 256;
+constexpr int kMarginalThreads = 1024;
 
 template <typename acc_t>
 struct InformationArgs {
@@ -132,12 +133,12 @@ __global__ void __launch_bounds__(1024) iic_information_kernel(InformationArgs<f
   if (threadIdx.x == 0) args.finish(head, sums[0], sums[1], sums[2]);
 }
 
-// A block owns 32 marginals of one head; a warp sums rows, a thread also a part of one column. Shared memory holds
-// the row sums and 8 parts of each column sum. Writes (2, H, K): logarithms, and parts of the entropy.
+// A block owns 32 marginals of one head; a warp sums a row, a thread also a part of one column. Shared memory holds
+// the row sums and 32 parts of each column sum. Writes (2, H, K): logarithms, and parts of the entropy.
 template <typename acc_t>
-__global__ void __launch_bounds__(kInformationThreads)
+__global__ void __launch_bounds__(kMarginalThreads)
     iic_marginal_kernel(InformationArgs<acc_t> args, acc_t* marginals) {
-  constexpr int kParts = kInformationThreads / kWarp;
+  constexpr int kParts = kMarginalThreads / kWarp;
   __shared__ acc_t row_sums[kWarp], column_sums[kParts][kWarp];
   const int k = args.num_clusters, head = blockIdx.y, first = blockIdx.x * kWarp;
   const int lane = threadIdx.x % kWarp, part = threadIdx.x / kWarp, column = first + lane;

@@ -55,41 +55,46 @@ struct TiledProbs {
   }
 };
 
-// Softmax of 32 pairs, from first_view on; of the second view the sum over the repeats [first, last). Zeros past the
-// batch and past the clusters. All logits of the first repeat are on their way at once.
+// Softmax of 32 rows of one view, summed over the repeats [first, last); zeros past the batch and past the clusters.
 template <int kMax, int kPlaneCount, typename scalar_t>
-__device__ void tiled_softmax(const Batch<scalar_t>& batch, int head, int64_t first_row, int first_view, int first,
-                              int last, const TiledProbs<kMax, kPlaneCount>& probs) {
-  constexpr int kCols = kMax / kTiledLanes, kGroups = kTiledThreads<kMax> / kTiledLanes;
-  constexpr int kPasses = (2 * kTiledRows + kGroups - 1) / kGroups;
-  const int lane = threadIdx.x % kTiledLanes, first_place = first_view * kTiledRows + threadIdx.x / kTiledLanes;
-  const auto logits = [&](int place, int r) -> const scalar_t* {
-    const int64_t row = first_row + place % kTiledRows;
-    if (row >= batch.num_rows) return nullptr;
-    return place < kTiledRows ? batch.a.at(row, head) : batch.b.at(r * batch.num_rows + row, head);
-  };
-  float sum[kPasses][kCols];
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int place = first_place + pass * kGroups;
-    if (place < 2 * kTiledRows) load_row<kTiledLanes, 2>(logits(place, first), batch.num_clusters, sum[pass]);
-  }
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int place = first_place + pass * kGroups, view = place / kTiledRows, row = place % kTiledRows;
-    if (place >= 2 * kTiledRows) break;  // the same for all lanes of a warp
-    softmax_values<kTiledLanes>(first_row + row < batch.num_rows, sum[pass]);
-    for (int r = first + 1; view == 1 && r < last; ++r) {
+__device__ void tiled_softmax(const Batch<scalar_t>& batch, int view, int head, int64_t first_row, int first, int last,
+                              const TiledProbs<kMax, kPlaneCount>& probs) {
+  constexpr int kCols = kMax / kTiledLanes;
+  const Rows<scalar_t> source = {view == 0 ? batch.a.data : batch.b.data,
+                                 view == 0 ? batch.a.row_stride : batch.b.row_stride,
+                                 view == 0 ? batch.a.head_stride : batch.b.head_stride};
+  const int lane = threadIdx.x % kTiledLanes;
+  for (int row = threadIdx.x / kTiledLanes; row < kTiledRows; row += kTiledThreads<kMax> / kTiledLanes) {
+    const int64_t i = first_row + row;
+    float sum[kCols] = {};
+    for (int r = first; r < last; ++r) {
+      const scalar_t* logits = i < batch.num_rows ? source.at(r * batch.num_rows + i, head) : nullptr;
       float p[kCols];
-      softmax_row<kTiledLanes, 2>(logits(place, r), batch.num_clusters, p);
+      softmax_row<kTiledLanes, 2>(logits, batch.num_clusters, p);
 #pragma unroll
-      for (int j = 0; j < kCols; ++j) sum[pass][j] += p[j];
+      for (int j = 0; j < kCols; ++j) sum[j] += p[j];
     }
 #pragma unroll
     for (int j = 0; j < kCols; j += 2) {
-      probs.set_pair(view, row, j * kTiledLanes + lane * 2, sum[pass][j], sum[pass][j + 1]);
+      probs.set_pair(view, row, j * kTiledLanes + lane * 2, sum[j], sum[j + 1]);
     }
   }
+}
+
+// Writes two clusters side by side of a row of k, an even one first: at once where all rows begin at an even place.
+template <typename scalar_t>
+__device__ void store_pair(scalar_t* row, int cluster, int k, float first, float second) {
+  if (cluster >= k) return;
+  if (k % 2 == 0) {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      *reinterpret_cast<float2*>(row + cluster) = make_float2(first, second);
+    } else {
+      *reinterpret_cast<uint32_t*>(row + cluster) = pack<scalar_t>(first, second);
+    }
+    return;
+  }
+  row[cluster] = static_cast<scalar_t>(first);
+  if (cluster + 1 < k) row[cluster + 1] = static_cast<scalar_t>(second);
 }
 
 namespace {
@@ -108,7 +113,10 @@ __global__ void __launch_bounds__(kTiledThreads<kMax>, kTiledResident<kMax>)
   for (int tile = 0; tile < tiles_per_block; ++tile) {
     const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * tiles_per_block + tile) * kTiledRows;
     if (first_row >= batch.num_rows) break;
-    tiled_softmax(batch, blockIdx.y, first_row, 0, 0, batch.repeats, probs);
+#pragma unroll 1  // half as many instructions to fetch
+    for (int view = 0; view < 2; ++view) {
+      tiled_softmax(batch, view, blockIdx.y, first_row, 0, view == 0 ? 1 : batch.repeats, probs);
+    }
     __syncthreads();
     if (first_i < k) {
       uint32_t a[kSteps][kCount][4];
@@ -122,6 +130,7 @@ __global__ void __launch_bounds__(kTiledThreads<kMax>, kTiledResident<kMax>)
       }
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
+        if (first_j + n * 8 >= k) break;
         uint32_t b[kCount][4];  // of both steps
 #pragma unroll
         for (int p = 0; p < kCount; ++p) load_matrices_transposed(b[p], probs.at(1, p, lane, first_j + n * 8));
@@ -138,9 +147,9 @@ __global__ void __launch_bounds__(kTiledThreads<kMax>, kTiledResident<kMax>)
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int i = first_i + e / 2 * 8 + lane / 4, j = first_j + n * 8 + lane % 4 * 2 + e % 2;
-      if (i < k && j < k) out[i * k + j] = sums[n][e];
+    for (int e = 0; e < 4; e += 2) {
+      const int i = first_i + e / 2 * 8 + lane / 4, j = first_j + n * 8 + lane % 4 * 2;
+      if (i < k) store_pair(out + i * k, j, k, sums[n][e], sums[n][e + 1]);
     }
   }
 }
@@ -170,22 +179,6 @@ __device__ void tiled_centred(const float* matrix, int k, float scale, int first
       probs.set_pair(row / kTiledRows, row % kTiledRows, col, left, right);
     }
   }
-}
-
-// Writes two clusters side by side of a row of k, an even one first: at once where all rows begin at an even place.
-template <typename scalar_t>
-__device__ void store_pair(scalar_t* row, int cluster, int k, float first, float second) {
-  if (cluster >= k) return;
-  if (k % 2 == 0) {
-    if constexpr (std::is_same_v<scalar_t, float>) {
-      *reinterpret_cast<float2*>(row + cluster) = make_float2(first, second);
-    } else {
-      *reinterpret_cast<uint32_t*>(row + cluster) = pack<scalar_t>(first, second);
-    }
-    return;
-  }
-  row[cluster] = static_cast<scalar_t>(first);
-  if (cluster + 1 < k) row[cluster + 1] = static_cast<scalar_t>(second);
 }
 
 // Which part of the gradient a warp owns: 16 clusters of one view, or where the registers do not hold that much of the
@@ -239,11 +232,15 @@ __global__ void __launch_bounds__(kTiledThreads<kMax>, kTiledResident<kMax>)
     const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * tiles_per_block + tile) * kTiledRows;
     if (first_row >= batch.num_rows) break;
     __syncthreads();  // the tile before is done with
-    tiled_softmax(batch, head, first_row, 0, 0, batch.repeats, probs);
+#pragma unroll 1
+    for (int view = 0; view < 2; ++view) {
+      tiled_softmax(batch, view, head, first_row, 0, view == 0 ? 1 : batch.repeats, probs);
+    }
     __syncthreads();
     float sums[Part::kViews][kStrips][Part::kTiles][4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      if (step * 16 >= k) break;
 #pragma unroll
       for (int v = 0; v < Part::kViews; ++v) {
 #pragma unroll
@@ -263,7 +260,7 @@ __global__ void __launch_bounds__(kTiledThreads<kMax>, kTiledResident<kMax>)
     for (int r = 0; r < batch.repeats; ++r) {
       if (batch.repeats > 1) {  // the second view's probabilities are a sum: put this repeat there
         __syncthreads();
-        tiled_softmax(batch, head, first_row, 1, r, r + 1, probs);
+        tiled_softmax(batch, 1, head, first_row, r, r + 1, probs);
         __syncthreads();
       }
 #pragma unroll
