@@ -2,9 +2,9 @@
 
     python benchmarks/train_cifar10.py --data cifar10-jpeg.tar.xz --seconds 540 --root work [-- --train.epochs 200]
 
-DATA is a folder or a tar archive with `train/CLASS/` and `test/CLASS/` (or CLASS/ alone). After SECONDS the training is
-asked to stop, saves, and the exit code is 75; 0 when it has ended, with the run's result.json printed last. The preset is
-cifar10; what stands behind `--` are options of `iic_dist.train`.
+DATA is a folder or a tar archive with `train/CLASS/` and `test/CLASS/` (or CLASS/ alone). After SECONDS the training
+is asked to stop, saves, and the exit code is 75; 0 when it has ended, with the run's result.json printed last. The
+preset is cifar10; what stands behind `--` are options of `iic_dist.train`.
 """
 
 from __future__ import annotations

@@ -164,8 +164,8 @@ class Trainer:
         self.learner = self._new_learner()
         self.sub_heads, self.restarts = self.learner.sub_heads, {}
 
-    def _train_epochs(self, folder: Path, monitor: Monitor) -> dict[str, Any]:
-        """Train the epochs of the course that are not done yet."""
+    def _train_epochs(self, folder: Path, monitor: Monitor) -> dict[str, Any] | None:
+        """Train the epochs of the course that are not done yet; return the last evaluation, if there was one."""
         train, result, last = self.config.train, None, self.course.last_epoch
         total, done = self.course.total_steps, self.step - self.course.first_step
         with self._progress(total, done, "step") as bar:
@@ -181,7 +181,7 @@ class Trainer:
                     first = self.stage == "representation"  # losses of other stages are other losses
                     loss = self.sub_heads.lowest_loss(self.config.clustering_heads) if first else None
                     save(folder, self.state_dict(), loss)
-        return result or self.evaluate()
+        return result
 
     def _clusters_are_trained(self) -> bool:
         """Whether a clustering head has been trained so far; a warm-up may take the whole first stage."""
