@@ -227,7 +227,7 @@ def test_threads_do_not_change_a_bit(n: int, d: int, dtype: torch.dtype, set_thr
 def test_threads_do_not_change_a_bit_of_a_rank(
     first_row: int, num_rows: int, set_threads: Callable[[int], None]
 ) -> None:
-    """Ranks whose rows made one block multiplied them outside of a parallel region, and so in another order."""
+    """One thread runs the blocks of rows outside of a parallel region, and so does any number where there is one block."""
     assert nt_xent.FUSED is not None
     z = torch.nn.functional.normalize(torch.cat(embeddings(700, 100)).float(), dim=1)
     all_lse, _ = nt_xent.nt_xent_rows(z, 0, 1400, 0.1)
