@@ -227,7 +227,7 @@ def test_threads_do_not_change_a_bit(n: int, d: int, dtype: torch.dtype, set_thr
 def test_threads_do_not_change_a_bit_of_a_rank(
     first_row: int, num_rows: int, set_threads: Callable[[int], None]
 ) -> None:
-    """One thread runs the blocks of rows outside of a parallel region, and so does any number where there is one block."""
+    """A single block of rows runs outside of a parallel region whatever the number of threads, several do on one."""
     assert nt_xent.FUSED is not None
     z = torch.nn.functional.normalize(torch.cat(embeddings(700, 100)).float(), dim=1)
     all_lse, _ = nt_xent.nt_xent_rows(z, 0, 1400, 0.1)
@@ -238,6 +238,25 @@ def test_threads_do_not_change_a_bit_of_a_rank(
         grad = nt_xent.FUSED.nt_xent_rows_grad(z, all_lse, first_row, num_rows, 0.1)
         results.append(torch.cat([log_sum_exp, positive, grad.flatten()]))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_threads_do_not_change_a_bit_around_the_ops(
+    monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
+) -> None:
+    """PyTorch adds 32768 values or more in as many parts as there are threads, and so took the mean over the rows."""
+    given = nt_xent.Implementation(
+        lambda z, first, count, temperature: (z[:, 0] + 8, z[:, 1].clone()),
+        lambda z, log_sum_exp, first, count, temperature: z.flip(1),
+    )
+    monkeypatch.setattr(nt_xent, "implementation", lambda impl, device: given)
+    for seed in range(5):
+        a, b = (x.float() for x in embeddings(30000, 3, seed))
+        results = []
+        for threads in (1, *THREADS):
+            set_threads(threads)
+            results.append(with_gradients(nt_xent_loss, a, b))
+        for values in zip(*results, strict=True):
+            assert all(torch.equal(value, values[0]) for value in values)
 
 
 @needs_fused
