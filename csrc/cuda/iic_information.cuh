@@ -56,7 +56,8 @@ namespace {
 __global__ void __launch_bounds__(1024) iic_information_kernel(InformationArgs<float> args) {
   constexpr int kSide = (kOneBlockMax + kWarp - 1) / kWarp;  // rows of a warp, and columns of a lane
   extern __shared__ float shared[];
-  __shared__ float scratch[3][kWarp], parts[kInformationBlocks][2];
+  __shared__ float scratch[3][kWarp];
+  [[maybe_unused]] __shared__ float parts[kInformationBlocks][2];
   const int k = args.num_clusters, stride = k | 1, head = blockIdx.y, block = blockIdx.x;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, num_warps = blockDim.x / kWarp;
   float *matrix = shared, *log_marginal = shared + k * stride;
