@@ -92,7 +92,7 @@ def test_clusters_without_direction_do_not_break_the_order() -> None:
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     found = odd_folder(tmp_path)
-    text = gallery.page(found, torch.ones(len(found.paths)), 3)
+    text = gallery.page(found, torch.ones(len(found.paths)), 3, {})
     text.encode("utf-8")  # also the name that is not UTF-8
     page = Page(text)
     assert {tag for tag, _ in page.tags} <= {
@@ -111,7 +111,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 
 def test_it_asks_for_nothing_from_elsewhere(tmp_path: Path) -> None:
     found = odd_folder(tmp_path)
-    page = Page(gallery.page(found, torch.ones(len(found.paths)), 3))
+    page = Page(gallery.page(found, torch.ones(len(found.paths)), 3, {}))
     assert all(image["src"].startswith("data:image/") for image in page.named("img"))
     assert all(link["href"].startswith("#") for link in page.named("a"))
     targets = {section["id"] for section in page.named("section")}
@@ -131,7 +131,7 @@ def test_the_page_is_bounded_for_100_000_images(
     clusters = torch.arange(100_000) % num_clusters
     paths = [f"images/{number:06}.png" for number in range(100_000)]
     found = FolderPrediction(tmp_path, paths, made_up(clusters, num_clusters), [])
-    text = gallery.page(found, torch.ones(100_000), num_clusters)
+    text = gallery.page(found, torch.ones(100_000), num_clusters, {})
     assert text.count("<img ") == most * num_clusters <= max(gallery.MAX_THUMBNAILS, 2 * num_clusters)
     assert len(text) < 24e6
 
@@ -179,7 +179,7 @@ def test_a_browser_shows_it(width: int, gray_images: Path, tmp_path: Path) -> No
     paths = sorted(path.name for path in images.iterdir())
     clusters = torch.tensor([int(path[0]) for path in paths])
     found = FolderPrediction(images, paths, made_up(clusters, 3), [])
-    text = gallery.page(found, torch.ones(len(paths)), 3)
+    text = gallery.page(found, torch.ones(len(paths)), 3, {})
     page = tmp_path / "page.html"
     # The page forbids scripts; the probe gets in by lifting that, and a frame as wide as a phone stands around it,
     # because a headless window cannot be so narrow.
