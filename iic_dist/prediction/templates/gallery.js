@@ -37,7 +37,7 @@ function link(cluster, text = String(cluster)) {
 function show() {
   const named = [...fields.keys()].filter((cluster) => names.has(cluster));
   const different = new Set(named.map((cluster) => names.get(cluster))).size;
-  byId("count").textContent = `${named.length} of ${fields.size} clusters named` +
+  byId("count").textContent = `${named.length} of ${fields.size} named` +
     (different < named.length ? `, ${different} ${different === 1 ? "name" : "names"}` : "");
   for (const label of document.querySelectorAll("[data-name-of]"))
     label.textContent = names.get(Number(label.dataset.nameOf)) ?? "";
@@ -174,8 +174,8 @@ function nearestFigure(place, cosine, cluster) {
   const { source, path, cluster: own, small } = picture(place);
   const image = element("img", { src: source, alt: path, title: path, width: 96, height: 96, className: small ? "small" : "" });
   const label = names.has(own) ? `${own} ${names.get(own)}` : `cluster ${own}`;
-  const place_ = element("a", { href: `#cluster-${own}`, className: own === cluster ? "" : "other", title: label }, label);
-  return element("figure", {}, image, element("figcaption", {}, `${cosine.toFixed(2)} `, place_));
+  const home = element("a", { href: `#cluster-${own}`, className: own === cluster ? "" : "other", title: label }, label);
+  return element("figure", {}, image, element("figcaption", {}, `${cosine.toFixed(2)} `, home));
 }
 
 function explain(exact, count) {
