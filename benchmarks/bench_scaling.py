@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import measuring
+import provenance
 import torch
 import torch.distributed as dist
 from scaling_model import Network, Step, Traffic, contrast_flops, predict
@@ -323,7 +323,7 @@ def main() -> None:
     print_measured(worlds)
     print_predicted(checks, gpus)
     figures = {
-        "provenance": {**measuring.provenance(device), "cores": cores, "load": os.getloadavg(), "rounds": len(rounds)},
+        "provenance": {**provenance.of(device), "cores": cores, "load": os.getloadavg(), "rounds": len(rounds)},
         "images": {"weak, of a rank": WEAK, "strong, of all": STRONG},
         "measured": worlds,
         "fitted": {ranks: network_of(found, ranks) for ranks, found in worlds.items() if ranks > 1},

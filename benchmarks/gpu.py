@@ -22,7 +22,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -257,28 +257,16 @@ def run_small_shapes() -> None:
 def make_small_views(device: str) -> None:
     """Two views of a few images in every layout of the native op, with all that it can do."""
     import torch
+    from view_specs import EVERYTHING, GRAY
 
-    from iic_dist.views.spec import ViewSpec
     from iic_dist.views.views import Views
 
     for count, channels, side, size in SMALL_VIEWS:
         images = torch.arange(count * channels * side * side, device=device).to(torch.uint8)
         rows = torch.arange(count, device=device)
-        colours = {"saturation": 0.4, "hue": 0.1, "gray": 0.2} if channels == 3 else {}
-        for dtype, sobel in ((torch.float32, False), (torch.bfloat16, True)):
-            spec = ViewSpec(
-                size=size,
-                crop_area=(0.2, 1.0),
-                rotation=30.0,
-                affine_probability=0.5,
-                flip=0.5,
-                brightness=0.4,
-                contrast=0.4,
-                jitter_probability=0.8,
-                blur=0.5,
-                sobel=sobel,
-                **colours,
-            )
+        everything = replace(EVERYTHING if channels == 3 else GRAY, size=size)
+        gradients = replace(everything, sobel=True, mean=(), std=())
+        for dtype, spec in ((torch.float32, everything), (torch.bfloat16, gradients)):
             views = Views(spec, spec, spec, repeats=1, seed=0, impl="fused")
             made = views.training(images.view(count, channels, side, side), rows, rows, 0, dtype=dtype)
             assert made.isfinite().all()
@@ -319,10 +307,10 @@ def run_all(output: Path) -> bool:
     """Run every step; return whether none failed."""
     started = time.monotonic()
     device, capability = find_gpu()
-    import measuring
+    from provenance import of as provenance_of
 
     results: dict[str, Any] = {}
-    provenance = measuring.provenance("cuda")
+    provenance = provenance_of("cuda")
     del provenance["extension"]  # it is still to be built; the benchmarks say which one they ran
     report: dict[str, Any] = {"provenance": provenance, "steps": results}
     deadline = started
