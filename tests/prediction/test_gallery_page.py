@@ -87,6 +87,7 @@ def test_from_typing_to_folders_and_back(
         tab.type(text)
         tab.press("Enter")  # on to the next cluster
     assert tab.run(FOCUS) == "save"
+    assert tab.run("document.getElementById('status').textContent") == ""  # and not saved by the same key
     typed = dict(zip(order, ('round, "0"', "one", 'round, "0"'), strict=True))
     assert tab.run("document.getElementById('count').textContent") == "3 of 3 named, 2 names"
     assert tab.run(TEXTS.format("nav b")) == [typed[cluster] for cluster in order]
