@@ -27,6 +27,19 @@ def test_help_lists_every_setting_and_nothing_else(capsys: pytest.CaptureFixture
     assert listed == ["--config", "--print_config", *settings]
 
 
+def test_help_says_what_the_docstrings_say(capsys: pytest.CaptureFixture[str]) -> None:
+    """jsonargparse reads them with a package of its extra `signatures`, and shows None without it."""
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for settings in Config().__dict__.values():
+        described = (settings.__doc__ or "").partition("Attributes:")[2].split()
+        assert len(described) > 10
+        texts = " ".join(described).split(": ", 1)[1]  # of the first setting
+        assert texts[:10] in shown
+        assert str(type(settings)) not in shown
+
+
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_a_preset_sets_what_it_says(preset: str) -> None:
     config, written = parse(["--config", preset]), yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from view_cases import EVERYTHING, GRAY, allowed, arguments, make, smooth
+from view_cases import allowed, arguments, make, smooth
+from view_specs import EVERYTHING, GRAY
 
 from iic_dist.ops import augment as native
 from iic_dist.views.spec import ViewSpec

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from view_specs import EVERYTHING
 
 from iic_dist.views.policies import policy
-from iic_dist.views.spec import ViewSpec
 from iic_dist.views.views import Views
 
-EVERYTHING = ViewSpec(
+GENTLE = replace(
+    EVERYTHING,
     size=12,
     crop_area=(0.3, 1.0),
     rotation=20.0,
-    translation=0.1,
     zoom=(0.9, 1.1),
     shear=5.0,
     affine_probability=0.7,
-    flip=0.5,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.4,
     hue=0.1,
-    jitter_probability=0.8,
-    gray=0.2,
-    blur=0.5,
-    mean=(0.4, 0.5, 0.6),
-    std=(0.2, 0.25, 0.3),
 )
+"""Every step that a view can take, none of it far."""
 POLICIES = [
     pytest.param("digits", 1, 8, {}, id="digits"),
     pytest.param("iic", 1, 28, {}, id="iic-mnist"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import draws
 import pytest
 import torch
-from policy_cases import EVERYTHING, POLICIES, build
+from policy_cases import GENTLE, POLICIES, build
 from scipy import stats
 from torch import Tensor
 
@@ -25,8 +25,8 @@ from iic_dist.ops.philox import uniforms
 from iic_dist.views.draw import draw
 from iic_dist.views.spec import ViewSpec
 
-SPECS = [EVERYTHING, replace(EVERYTHING, crop_area=None, crop_sides=(9, 13), centre_probability=0.3), ViewSpec(size=9)]
-SPECS += [replace(EVERYTHING, crop_area=(0.01, 0.3), crop_ratio=(0.2, 7.0), rotation=180.0, shear=60.0)]
+SPECS = [GENTLE, replace(GENTLE, crop_area=None, crop_sides=(9, 13), centre_probability=0.3), ViewSpec(size=9)]
+SPECS += [replace(GENTLE, crop_area=(0.01, 0.3), crop_ratio=(0.2, 7.0), rotation=180.0, shear=60.0)]
 for policy in POLICIES:
     made = build(*policy.values)  # type: ignore[arg-type]
     SPECS += [made.first, made.second]
@@ -111,7 +111,7 @@ def test_ranks_and_splits_change_nothing(spec: ViewSpec) -> None:
 def test_parameters_are_independent() -> None:
     """Rank correlations between parameters, and of each with itself in the next image, view and epoch."""
     count = 20_000
-    spec = replace(EVERYTHING, jitter_probability=1.0, affine_probability=1.0, blur=1.0, centre_probability=0.0)
+    spec = replace(GENTLE, jitter_probability=1.0, affine_probability=1.0, blur=1.0, centre_probability=0.0)
     indices = torch.arange(count + 1)
     base = table(spec, uniforms(3, 0, indices, 0, 21), 40, 40).double()
     columns = [2, 5, 6, 8, 11, 12, 13, 14, 16]  # shifts, top, height, factors, hue, sigma: continuous ones
@@ -138,7 +138,7 @@ def test_off_by_default() -> None:
 
 
 def test_jitter_parameters() -> None:
-    parameters = drawn(EVERYTHING)
+    parameters = drawn(GENTLE)
     for name, neutral, least, largest in (
         ("brightness", 1.0, 0.6, 1.4),
         ("contrast", 1.0, 0.6, 1.4),
@@ -151,11 +151,11 @@ def test_jitter_parameters() -> None:
         assert_share(applied, 0.8)
         assert_uniform(values[applied], least, largest)
     assert torch.equal(parameters["hue"] != 0, parameters["brightness"] != 1)  # all four of an image or none
-    assert drawn(replace(EVERYTHING, brightness=1.5))["brightness"].min() >= 0
+    assert drawn(replace(GENTLE, brightness=1.5))["brightness"].min() >= 0
 
 
 def test_probabilities() -> None:
-    parameters = drawn(EVERYTHING)
+    parameters = drawn(GENTLE)
     assert_share(parameters["flip"], 0.5)
     assert_share(parameters["gray"], 0.2)
     assert_share(parameters["sigma"] > 0, 0.5)
@@ -163,7 +163,7 @@ def test_probabilities() -> None:
 
 
 def test_affine_parameters() -> None:
-    a, b, c, d, e, f = drawn(EVERYTHING)["affine"].double().unbind(1)
+    a, b, c, d, e, f = drawn(GENTLE)["affine"].double().unbind(1)
     applied = a != 1
     assert_share(applied, 0.7)
     for values, neutral in ((a, 1), (b, 0), (c, 0), (d, 0), (e, 1), (f, 0)):
@@ -184,7 +184,7 @@ def test_affine_parameters() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (30, 40), (10, 40)])
 def test_area_crop(height: int, width: int) -> None:
-    top, left, box_height, box_width = drawn(EVERYTHING, height, width)["box"].double().unbind(1)
+    top, left, box_height, box_width = drawn(GENTLE, height, width)["box"].double().unbind(1)
     for start, length, side in ((top, box_height, height), (left, box_width, width)):
         assert start.min() >= 0
         assert length.min() >= 1
@@ -215,7 +215,7 @@ def test_square_crops() -> None:
 
 
 def test_switching_one_thing_off_leaves_the_others() -> None:
-    less = drawn(replace(EVERYTHING, flip=0.0, hue=0.0, crop_area=None, translation=0.0))
-    for name, values in drawn(EVERYTHING).items():
+    less = drawn(replace(GENTLE, flip=0.0, hue=0.0, crop_area=None, translation=0.0))
+    for name, values in drawn(GENTLE).items():
         if name not in ("flip", "hue", "box", "affine"):
             assert torch.equal(less[name], values), name

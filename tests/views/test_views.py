@@ -9,7 +9,7 @@ import draws
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TV
-from policy_cases import EVERYTHING, build, every_policy, pictures
+from policy_cases import GENTLE, build, every_policy, pictures
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,7 +36,7 @@ def evaluate(views: Views, images: Tensor, *arguments: Any, **more: Any) -> Tens
 def test_training_equals_torchvision_step_by_step(impl: str) -> None:
     """The whole chain, with the drawn parameters, against torchvision's calls on each image."""
     images, indices = pictures(10, 3, 20, 24), torch.arange(10) + 70
-    spec = replace(EVERYTHING, crop_area=None, crop_sides=(9, 13), gray=0.5)
+    spec = replace(GENTLE, crop_area=None, crop_sides=(9, 13), gray=0.5)
     views = Views(spec, replace(spec, blur=1.0), spec, 2, seed=5, impl=impl)
     dtype = torch.float64 if impl == "torch" else torch.float32
     made = train(views, images, indices, epoch=4, first_view=3, dtype=dtype).double()
@@ -209,7 +209,7 @@ def test_images_that_do_not_fit_the_views() -> None:
     with pytest.raises(UsageError, match=r"1 channel.*saturation, hue, gray"):
         train(build("simclr", 3, 32, {}), pictures(2, 1, 32), torch.arange(2), 0)
     with pytest.raises(UsageError, match=r"agree in \(size, sobel, mean, std\).*12.*13"):
-        Views(EVERYTHING, EVERYTHING, replace(EVERYTHING, size=13), 1, 0)
+        Views(GENTLE, GENTLE, replace(GENTLE, size=13), 1, 0)
 
 
 @pytest.mark.gpu
