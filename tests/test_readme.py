@@ -164,6 +164,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_colours(folder / "new", 3)
     write_colours(folder / "cells", 24)
     write_digits(folder / "signs", 60)
+    (folder / "names.csv").write_text("cluster,name\n0,warm\n1,cold\n", encoding="utf-8")
     for name in ("a.jpg", "b.png"):
         Image.fromarray(np.full((12, 14, 3), 99, np.uint8)).save(folder / name)
     programs = {
