@@ -92,7 +92,9 @@ OPTIONS = {
     "-m iic_dist.train": "--train.epochs 1 --monitor.progress false --run.threads 1",
     "launch/local.sh": "--train.epochs 1 --monitor.progress false --run.threads 1",
     # No data set is downloaded: these presets get the small images made here.
-    "--config cifar10": "--data.name folder:photos --data.batch_size 24 --model.num_clusters 3",
+    "--config cifar10": (
+        "--data.name folder:photos --data.batch_size 24 --model.num_clusters 3 --neighbours.steps 5 --refine.epochs 1"
+    ),
     "--config fashion-mnist": "--data.name folder:signs --data.batch_size 24 --model.num_clusters 3",
     "tensorboard": "--port 0",
 }
