@@ -55,6 +55,7 @@ def load_data(config: Config, place: Place) -> RunData:
             Path(data.root),
             split,
             image_size=data.image_size if data.name.startswith("folder:") else None,
+            resampling=data.resampling or "bilinear",
             folder_labels=data.folder_labels,
             cache=Path(data.cache or f"{data.root}/decoded"),
             workers=data.workers,
@@ -119,6 +120,8 @@ def build_model(config: Config, in_channels: int, image_size: int, fetch_weights
             norm=model.norm,
             pretrained=model.pretrained,
             fetch_weights=fetch_weights,
+            weights=model.weights,
+            weights_digest=model.weights_digest,
         )
         features = backbone.num_features
         heads: dict[str, torch.nn.Module] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from iic_dist.data.decode import MAX_PIXELS
+from iic_dist.data.decode import MAX_PIXELS, Resampling
 from iic_dist.data.folder import load_folder
 from iic_dist.data.image_set import ImageSet
 from iic_dist.data.listing import Unreadable
@@ -23,6 +23,7 @@ def load_image_set(
     folder_labels: bool = False,
     follow_links: bool = False,
     max_pixels: int = MAX_PIXELS,
+    resampling: Resampling = "bilinear",
     cache: Path | None = None,
     workers: int | None = 0,
     relist: bool = True,
@@ -39,7 +40,7 @@ def load_image_set(
         split: "train", "test" or "all" (train followed by test); "unlabelled" of stl10. A folder has one
             split, which answers to "all" and to "train".
         image_size: Side in pixels that a folder's images get (default 96); a named set has its own.
-        folder_labels, follow_links, max_pixels, cache, workers, relist, verify, progress,
+        folder_labels, follow_links, max_pixels, resampling, cache, workers, relist, verify, progress,
             unreadable: See `load_folder`.
         download: Fetch a named set that is not there. At most one process of a machine may: under torchrun
             local rank 0 goes first, then the others without.
@@ -72,6 +73,7 @@ def load_image_set(
         labels=folder_labels,
         follow_links=follow_links,
         max_pixels=max_pixels,
+        resampling=resampling,
         cache=cache,
         workers=workers,
         relist=relist,

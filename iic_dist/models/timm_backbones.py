@@ -36,7 +36,7 @@ def timm_backbone(name: str, in_channels: int, image_size: int, norm: Norm, weig
     if weights is not None and in_channels != 3:
         raise UsageError(f"pretrained weights of {name!r} need 3 channels, not {in_channels}: set data.channels to 3")
     cfg = pretrained_cfg(name)
-    size = {"img_size": image_size} if cfg.fixed_input_size else {}
+    size: dict[str, Any] = {"img_size": image_size} if cfg.fixed_input_size else {}
     if weights is None:
         net = _create(name, in_channels, size)
     else:
@@ -66,7 +66,7 @@ def pretrained_cfg(name: str) -> Any:
     try:
         cfg = timm.models.get_pretrained_cfg(bare) if timm.models.is_model(bare) else None
     except RuntimeError as error:  # no such tag
-        tags = [each for each in timm.list_pretrained(f"{timm.models.get_arch_name(bare)}.*")]
+        tags = timm.list_pretrained(f"{timm.models.get_arch_name(bare)}.*")
         raise UsageError(f"backbone {name!r}: timm has no such weights; it has {', '.join(tags) or 'none'}") from error
     if cfg is None:
         near = difflib.get_close_matches(bare, timm.list_models(), n=4, cutoff=0.4)
@@ -87,7 +87,7 @@ def timm_preprocessing(name: str) -> Preprocessing:
     )
 
 
-def _create(name: str, in_channels: int, size: dict[str, int], **weights: Any) -> nn.Module:
+def _create(name: str, in_channels: int, size: dict[str, Any], **weights: Any) -> nn.Module:
     import timm
 
     try:
@@ -109,8 +109,6 @@ def _switch_off_dropout(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for rate in ("drop_prob", "drop_rate", "drop_path_rate", "attn_drop_rate"):
+        for rate in ("drop_prob", "drop_rate", "drop_path_rate", "attn_drop_rate", "attn_drop"):
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
-        if hasattr(module, "attn_drop") and isinstance(module.attn_drop, float):
-            module.attn_drop = 0.0

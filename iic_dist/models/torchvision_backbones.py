@@ -91,9 +91,11 @@ def torchvision_preprocessing(name: str) -> Preprocessing:
 
 def _default_weights(name: str) -> Any:
     try:
-        return torchvision.models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+        return torchvision.models.get_model_weights(name).DEFAULT
     except AttributeError as error:  # an enumeration without members
-        raise UsageError(f"backbone {name!r} has no pretrained weights in torchvision: set pretrained to false") from error
+        raise UsageError(
+            f"backbone {name!r} has no pretrained weights in torchvision: set pretrained to false"
+        ) from error
 
 
 def resnet_variant(build: Callable[..., ResNet], norm: Norm) -> ResNet:
