@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 import yaml
 
 HEADS = ("clustering", "overclustering", "contrastive")
@@ -260,6 +261,51 @@ class TrainConfig:
 
 
 @dataclass
+class NeighboursConfig:
+    """Fresh clustering heads, trained on pairs of an image and one of its neighbours in the features.
+
+    Attributes:
+        steps: Updates of the new heads; 0 = no such stage. 1000 are right for most sets, 100 are worse than k-means.
+        k: Neighbours of each image: the nearest by cosine, exact.
+        partners: Neighbours of each image in a step.
+        batch_size: Images in a step over all ranks.
+        sub_heads: Independent sub-heads of each new head; the one of lowest loss over all pairs is selected.
+        entropy_weight: Weight w of the marginal entropies in their loss; 1 loses 4 to 13 points.
+        lr: Learning rate of their AdamW, which falls to zero as a cosine.
+        weight_decay: Of their weights.
+    """
+
+    steps: int = _at_least_0(0)
+    k: int = _above_0(20)
+    partners: int = _above_0(1)
+    batch_size: int = _above_0(1024)
+    sub_heads: int = _above_0(8)
+    entropy_weight: float = _above_0(2.0)
+    lr: float = _above_0(5e-3)
+    weight_decay: float = _at_least_0(1e-2)
+
+
+@dataclass
+class RefineConfig:
+    """The whole network trained further, with the selected sub-heads of the new heads.
+
+    Attributes:
+        epochs: Passes over the training images; 0 = no such stage.
+        towards: neighbours = a view of an image and a view of one of its neighbours fall into one cluster; labels = a
+            strong view falls where the image itself surely does (self-labelling).
+        confidence: With labels: probability from which an image counts as sure of its cluster.
+        contrastive: Weight of the contrastive loss beside, if there is such a head; 0 = without.
+        lr: Learning rate of the stage, which falls to zero as a cosine.
+    """
+
+    epochs: int = _at_least_0(0)
+    towards: Literal["neighbours", "labels"] = "labels"
+    confidence: float = _above_0(0.95)
+    contrastive: float = _at_least_0(0.0)
+    lr: float = _above_0(1e-4)
+
+
+@dataclass
 class MonitorConfig:
     """What can be watched.
 
@@ -287,6 +333,8 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    neighbours: NeighboursConfig = field(default_factory=NeighboursConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     @property
@@ -320,6 +368,11 @@ class Config:
             return {f"clustering_{k}": k for k in clusters}
         assert clusters is not None, "complete() comes first"
         return {"clustering": clusters}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, features and joints."""
+        return torch.float64 if self.train.precision == "float64" else torch.float32
 
     @property
     def image_shape(self) -> tuple[int, int]:

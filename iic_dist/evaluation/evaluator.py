@@ -44,7 +44,6 @@ class Evaluator:
         evaluated: The images and, if they have any, their classes.
         images: The same images, as batches on the device.
         views: `views.evaluation` makes the input.
-        shapes: (H, K) of each head with clusters.
         batch_size: Images of one forward pass of a rank.
         dtype: Of the network's input.
     """
@@ -54,12 +53,11 @@ class Evaluator:
         evaluated: ImageSet,
         images: ImageSource,
         views: Views,
-        shapes: Mapping[str, tuple[int, int]],
         *,
         batch_size: int,
         dtype: torch.dtype,
     ) -> None:
-        self.evaluated, self.images, self.views, self.shapes = evaluated, images, views, shapes
+        self.evaluated, self.images, self.views = evaluated, images, views
         self.batch_size, self.dtype = batch_size, dtype
 
     def evaluate(
@@ -83,22 +81,27 @@ class Evaluator:
             model,
             self.views,
             self.images,
-            list(self.shapes),
+            list(model.shapes),
             batch_size=self.batch_size,
             dtype=self.dtype,
             after_each=after_each,
         )
         evaluations = {}
-        for head, (num_sub_heads, _) in self.shapes.items():
+        for head, (num_sub_heads, k) in model.shapes.items():
             counts = restarts.get(head, [0] * num_sub_heads)
             independent = [sub_head for sub_head, count in enumerate(counts) if count == 0]
-            evaluations[head] = self._judge(head, assigned[head], sub_heads, independent)
+            evaluations[head] = self._judge(head, k, assigned[head], sub_heads, independent)
         return evaluations
 
     def _judge(
-        self, head: str, assigned: inference.Assignments, sub_heads: SubHeadRecord, independent: Sequence[int]
+        self,
+        head: str,
+        k: int,
+        assigned: inference.Assignments,
+        sub_heads: SubHeadRecord,
+        independent: Sequence[int],
     ) -> Evaluation:
-        k, selected = self.shapes[head][1], sub_heads.selected(head)
+        selected = sub_heads.selected(head)
         sizes = torch.bincount(assigned.clusters[:, selected], minlength=k)
         # In whole units of 2^-24, float32's own near 1, so that the sum is the same whatever the number of ranks.
         confidence = (assigned.confidence[:, selected].double() * 2**24).round().long().sum()

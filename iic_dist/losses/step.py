@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from iic_dist.losses import IICTerms, iic_loss, start_nt_xent_loss
+from iic_dist.losses.iic import IICTerms, iic_loss
+from iic_dist.losses.nt_xent import start_nt_xent_loss
 from iic_dist.losses.objective import Objective
+from iic_dist.losses.self_label import self_label_loss
 
 Terms = dict[str, IICTerms | Tensor]
 """Of each head that took part in a step: its IIC terms, or its contrastive loss; on the device, no gradient."""
@@ -23,6 +25,8 @@ class StepLosses:
         impl: auto, fused or torch.
         views: Views of each image, 1 + R; the contrastive loss takes the first two.
         world_size: Number of ranks, all with as many images.
+        confidence: None, or the heads with clusters are trained on labels of their own: the second view towards the
+            cluster of the first, where that is surer than this.
     """
 
     def __init__(
@@ -34,10 +38,11 @@ class StepLosses:
         impl: str,
         views: int,
         world_size: int,
+        confidence: float | None = None,
     ) -> None:
         self.weights, self.objectives = weights, objectives
         self.temperature, self.impl = temperature, impl
-        self.views, self.world_size = views, world_size
+        self.views, self.world_size, self.confidence = views, world_size, confidence
 
     def __call__(self, outputs: Sequence[tuple[str, Tensor]]) -> tuple[Tensor, Terms]:
         """Return the loss to differentiate, and what to log of each head.
@@ -64,7 +69,10 @@ class StepLosses:
         def clustering() -> tuple[Tensor, IICTerms | Tensor]:
             towards = self.objectives[head]
             terms = iic_loss(first, second, entropy_weight=towards.entropy_weight, prior=towards.prior, impl=self.impl)
-            return terms.loss.mean(), terms._replace(loss=terms.loss.detach())
+            described = terms._replace(loss=terms.loss.detach())
+            if self.confidence is None:
+                return terms.loss.mean(), described
+            return self_label_loss(first, second, confidence=self.confidence).mean(), described
 
         if head in self.objectives:
             return clustering

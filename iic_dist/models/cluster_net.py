@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from iic_dist.errors import UsageError
+from iic_dist.models.heads import SubHeads
 
 
 class ClusterNet(nn.Module):
@@ -29,6 +30,11 @@ class ClusterNet(nn.Module):
         if freeze_backbone:
             backbone.requires_grad_(False)  # so that DDP and the optimiser leave it out
             backbone.eval()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(H, K) of each head with clusters, by its name."""
+        return {name: head.shape for name, head in self.heads.items() if isinstance(head, SubHeads)}
 
     def train(self, mode: bool = True) -> ClusterNet:
         """Switch to training mode, but for a frozen backbone."""

@@ -21,6 +21,7 @@ from iic_dist.data.image_set import ImageSet, to_channels
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import metrics
+from iic_dist.models.feature_heads import load_network
 from iic_dist.training import checkpoint
 from iic_dist.training.run_folder import CONFIG, settings_of
 
@@ -97,7 +98,7 @@ class Clusterer:
         self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
         in_channels = self.views.channels(self.channels)
         self.model = build_model(config, in_channels, self.views.size, fetch_weights=False)
-        self.model.load_state_dict(state["model"])
+        load_network(self.model, state["model"], config.clustering_heads)
         self.model.to(device, self.dtype).eval()
 
     def predict(self, images: Images) -> Prediction:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from iic_dist.config import Config
-from iic_dist.config.build import build_model, build_objectives
+from iic_dist.config.build import build_objectives
 from iic_dist.distributed import Place
 from iic_dist.evaluation.sub_heads import SubHeadRecord
 from iic_dist.losses import IICTerms
 from iic_dist.losses.step import StepLosses, Terms
-from iic_dist.models import SubHeads, distribute, on_device
+from iic_dist.models import ClusterNet, SubHeads, distribute
 from iic_dist.training.guard import StepGuard
 from iic_dist.training.optim import build_optimizer
 from iic_dist.training.schedule import kind_of_head
@@ -29,16 +29,15 @@ class Learner:
     """A network, its losses and its optimizer on one rank.
 
     Args:
-        config: Complete.
-        in_channels: Of the views.
-        image_size: Side of the views in pixels.
+        config: Complete; what it says of optimizer, losses and precision counts for these steps.
+        model: The network, where it is trained.
+        heads: Which of its heads are trained.
         place: This rank.
-        device: Where to compute.
-        heads_take_turns: Whether there are steps in which some heads take no part.
+        device: Of the network.
+        heads_take_turns: Whether there are steps in which some of these heads take no part.
 
     Attributes:
         model: The network, not wrapped in DDP.
-        shapes: (H, K) of each head with clusters.
         sub_heads: How the sub-heads did in the last pass.
 
     Collective: all ranks must construct it, and call its methods, together.
@@ -47,8 +46,8 @@ class Learner:
     def __init__(
         self,
         config: Config,
-        in_channels: int,
-        image_size: int,
+        model: ClusterNet,
+        heads: Sequence[str],
         place: Place,
         device: torch.device,
         *,
@@ -56,24 +55,15 @@ class Learner:
     ) -> None:
         train, optim = config.train, config.optim
         self.precision, self.clip_norm, self.device = train.precision, optim.clip_norm, device
-        self.dtype = torch.float64 if train.precision == "float64" else torch.float32
-        self.model = on_device(
-            build_model(config, in_channels, image_size),
-            device,
-            self.dtype,
-            sync_batchnorm=train.sync_batchnorm,
-            channels_last=train.channels_last,
-        )
-        heads = {name: head for name, head in self.model.heads.items() if isinstance(head, SubHeads)}
-        self.shapes = {name: head.shape for name, head in heads.items()}
-        self.network = distribute(self.model, place, device, compiled=train.compile, heads_take_turns=heads_take_turns)
+        self.model = model
+        self.network = distribute(model, place, device, compiled=train.compile, heads_take_turns=heads_take_turns)
         self.optimizer = build_optimizer(
-            self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
+            model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
         )
         objectives, clustering = build_objectives(config, device), config.clustering_heads
-        self.sub_heads = SubHeadRecord(self.shapes, objectives, device, self.dtype)
+        self.sub_heads = SubHeadRecord(model.shapes, objectives, device, config.dtype)
         self.stuck = StuckSubHeads(
-            {name: heads[name] for name in clustering},
+            {name: head for name in clustering if isinstance(head := model.heads[name], SubHeads)},
             self.optimizer,
             # Where several K are compared by the agreement of their sub-heads, copies would spoil it.
             patience=train.restart_after if len(clustering) == 1 else 0,
@@ -81,7 +71,7 @@ class Learner:
         )
         weights = {
             head: getattr(config.loss, kind_of_head(head)) / (len(clustering) if head in clustering else 1)
-            for head in self.model.heads
+            for head in heads
         }
         self.losses = StepLosses(
             weights,
@@ -91,7 +81,7 @@ class Learner:
             views=1 + config.views.repeats,
             world_size=place.world_size,
         )
-        self.guard = StepGuard(self.model, self.optimizer, device, train.max_skipped_steps)
+        self.guard = StepGuard(model, self.optimizer, device, train.max_skipped_steps)
 
     def step(self, views: Views, learning_rate: float, stop: bool) -> Terms:
         """Update the weights once; nothing here waits for the device.

@@ -1,4 +1,4 @@
-"""The training of a run: steps, epochs, evaluation, checkpoints."""
+"""The training of a run: its stages, steps and epochs, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -14,35 +14,48 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iic_dist.config import Config
-from iic_dist.config.build import RunData, build_views
+from iic_dist.config.build import RunData, build_model, build_views
 from iic_dist.config.complete import complete
 from iic_dist.data.sampler import Batch
 from iic_dist.data.source import ImageSource, place_images
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.evaluation import inference, metrics
 from iic_dist.evaluation.evaluator import Evaluation, Evaluator
 from iic_dist.evaluation.health import Recommendation, recommend
+from iic_dist.evaluation.sub_heads import SubHeadRecord
 from iic_dist.files import write_whole
+from iic_dist.losses import IICTerms
 from iic_dist.losses.step import Terms
-from iic_dist.training import report, resume
+from iic_dist.models import on_device
+from iic_dist.models.feature_heads import adopt_heads, keep_selected, load_network
+from iic_dist.training import report, resume, stages
 from iic_dist.training.guard import Poll
 from iic_dist.training.learner import Learner
 from iic_dist.training.monitor import Monitor
-from iic_dist.training.optim import learning_rate
-from iic_dist.training.schedule import Pass, build_schedule
+from iic_dist.training.neighbour_stage import NeighbourStage
+from iic_dist.training.neighbours import draw_partners
+from iic_dist.training.schedule import Pass
 from iic_dist.training.stop import Stopping, StopSignals
 
 _logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains the network of a config on the images of a run; every rank makes one.
+    """Trains the network of a config on the images of a run, stage by stage; every rank makes one.
 
     Args:
         config: What is asked for.
         data: The images.
         place: This rank.
         device: Where to compute.
+
+    Attributes:
+        stage: The stage that the run is in, or has just ended.
+        course: Of the stage, where it is one of epochs.
+        learner: Likewise.
+        step: Steps of the run that are done, those of all stages.
+        epoch: Epochs of the run that are done.
 
     Raises:
         UsageError: the config does not fit the images or the number of ranks.
@@ -55,21 +68,31 @@ class Trainer:
         self.data, self.place, self.device = data, place, device
         self.views = build_views(self.config)
         self.images = self._put_images()
-        self.schedule = build_schedule(self.config, place, len(data.train.images), len(self.images))
-        self.total_steps = self.schedule.total_steps(config.train.epochs)
-        self.learner = Learner(
-            self.config,
-            self.views.channels(data.train.images.shape[1]),
-            self.views.size,
-            place,
+        self.stage = "representation"
+        self.course = stages.representation(self.config, place, len(data.train.images), len(self.images))
+        train = self.config.train
+        self.model = on_device(
+            build_model(self.config, self.views.channels(data.train.images.shape[1]), self.views.size),
             device,
-            heads_take_turns=self.schedule.heads_take_turns,
+            self.config.dtype,
+            sync_batchnorm=train.sync_batchnorm,
+            channels_last=train.channels_last,
         )
+        self.learner = self._new_learner()
+        self.sub_heads, self.restarts = self.learner.sub_heads, self.learner.stuck.restarts
         self.evaluator = self._build_evaluator()
         self.clustering_head = self.config.heads[0]  # until an evaluation recommends one of several
         self.poll, self.stop = Poll(device), StopSignals()
         self.step = self.epoch = 0
         self.train_seconds = 0.0
+        self.stage_done = False
+        self.stage_figures: dict[str, Any] = {}
+        self._neighbour_state: Mapping[str, Any] | None = None
+        self.neighbours: Tensor | None = None
+
+    def _new_learner(self) -> Learner:
+        heads, turns = self.course.config.heads, self.course.schedule.heads_take_turns
+        return Learner(self.course.config, self.model, heads, self.place, self.device, heads_take_turns=turns)
 
     def _put_images(self) -> ImageSource:
         """Put the images where they fit, the unlabelled ones behind the others."""
@@ -85,13 +108,12 @@ class Trainer:
             data.evaluation,
             self.images if same else place_images(data.evaluation.images, self.device, budget),
             self.views,
-            self.learner.shapes,
             batch_size=self.config.train.evaluate_batch_size,
-            dtype=self.learner.dtype,
+            dtype=self.config.dtype,
         )
 
     def train(self, folder: Path, stop: StopSignals | None = None) -> dict[str, Any] | None:
-        """Train to the last epoch, evaluating and saving on the way; return what result.json holds.
+        """Train to the end of the last stage, evaluating and saving on the way; return what result.json holds.
 
         Args:
             folder: Folder of the run; rank 0 writes there.
@@ -102,12 +124,11 @@ class Trainer:
             RunError: too many steps in a row were not finite, or the last state could not be saved.
         """
         self.stop = stop or self.stop
-        monitor = Monitor(folder, self.place.is_main, self.step if self.step else None)
-        with monitor, self._progress() as bar:
+        with Monitor(folder, self.place.is_main, self.step if self.step else None) as monitor:
             if self.step == 0:
                 report.show_views(monitor, 0, self.views, self.data.train.images[:8], self.device)
             try:
-                result = self._train_epochs(folder, monitor, bar)
+                result = self._train_stages(folder, monitor)
             except Stopping:
                 resume.leave_for_later(folder, self.state_dict(), self.stop.received)
                 return None
@@ -115,34 +136,64 @@ class Trainer:
             write_whole(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         return result
 
-    def _train_epochs(self, folder: Path, monitor: Monitor, bar: tqdm[Any]) -> dict[str, Any]:
-        train, result = self.config.train, None
-        while self.epoch < train.epochs:
-            self._train_epoch(folder, monitor, bar)
-            done = self.epoch + 1
-            if done == train.epochs or (train.evaluate_every and done % train.evaluate_every == 0):
-                result = self._evaluate_and_show(monitor, bar)
-            self.epoch = done
-            if done == train.epochs or done % train.checkpoint_every == 0:
-                save = resume.save_last if done == train.epochs else resume.save
-                save(folder, self.state_dict(), self.learner.sub_heads.lowest_loss(self.config.clustering_heads))
+    def _train_stages(self, folder: Path, monitor: Monitor) -> dict[str, Any]:
+        result = None
+        asked = stages.stages_of(self.config)
+        for stage in asked[asked.index(self.stage) if self.stage in asked else 0 :]:
+            if stage != self.stage:
+                self._begin(stage)
+            elif self.stage_done and not (stage == "representation" and self.epoch < self.course.last_epoch):
+                continue
+            self._lap_started = time.perf_counter()
+            if stage == "neighbours":
+                result = self._train_on_neighbours(folder, monitor)
+            else:
+                result = self._train_epochs(folder, monitor)
         return result or self.evaluate()
 
-    def _progress(self) -> tqdm[Any]:
+    def _begin(self, stage: str) -> None:
+        """Make what a stage needs, from what the one before it has left."""
+        self.stage, self.stage_done = stage, False
+        if stage == "refine":
+            keep_selected(self.model, {head: self.sub_heads.selected(head) for head in self.config.clustering_heads})
+            self._open_refine(self.step)
+
+    def _open_refine(self, first_step: int) -> None:
+        self.course = stages.refine(self.config, self.place, len(self.data.train.images), first_step)
+        for head in set(self.model.heads) - set(self.course.config.heads):
+            del self.model.heads[head]
+        self.learner = self._new_learner()
+        self.sub_heads, self.restarts = self.learner.sub_heads, {}
+
+    def _train_epochs(self, folder: Path, monitor: Monitor) -> dict[str, Any]:
+        """Train the epochs of the course that are not done yet."""
+        train, result, last = self.config.train, None, self.course.last_epoch
+        total, done = self.course.total_steps, self.step - self.course.first_step
+        with self._progress(total, done, "step") as bar:
+            while self.epoch < last:
+                self._train_epoch(folder, monitor, bar)
+                done = self.epoch + 1
+                if done == last or (train.evaluate_every and done % train.evaluate_every == 0):
+                    result = self._evaluate_and_show(monitor, bar, f"epoch {done}", done == last)
+                self.epoch, self.stage_done = done, done == last
+                if done == last or done % train.checkpoint_every == 0:
+                    save = resume.save_last if done == last else resume.save
+                    first = self.stage == "representation"  # losses of other stages are other losses
+                    loss = self.sub_heads.lowest_loss(self.config.clustering_heads) if first else None
+                    save(folder, self.state_dict(), loss)
+        return result or self.evaluate()
+
+    def _progress(self, total: int, done: int, unit: str) -> tqdm[Any]:
         hidden = not (self.place.is_main and self.config.monitor.progress)
-        return tqdm(total=self.total_steps, initial=self.step, disable=hidden, unit="step", dynamic_ncols=True)
+        return tqdm(total=total, initial=done, disable=hidden, unit=unit, dynamic_ncols=True)
 
     def _train_epoch(self, folder: Path, monitor: Monitor, bar: tqdm[Any]) -> None:
         """Take the steps of the epoch that are not done yet."""
-        self.learner.model.train()
+        self.model.train()
         self._lap_started = started = time.perf_counter()
-        every, before, first = (
-            self.config.train.checkpoint_every_steps,
-            self.step,
-            self.schedule.total_steps(self.epoch),
-        )
+        every, before = self.config.train.checkpoint_every_steps, self.step
         try:
-            for each, position in self.schedule.steps(self.epoch)[before - first :]:
+            for each, position in self.course.steps_left(self.epoch, before):
                 terms = self.train_step(each, position)
                 bar.update()
                 if self.step % self.config.monitor.log_every == 0:
@@ -171,27 +222,15 @@ class Trainer:
             numbers[f"loss/{head}"] = value if isinstance(value, Tensor) else value.loss.mean()
             numbers |= {} if isinstance(value, Tensor) else report.head_numbers(head, value)
         values = report.to_host(numbers)
-        values["optim/learning_rate"] = self.learning_rate(each.heads, self.step - 1)
+        values["optim/learning_rate"] = self.course.learning_rate(each.heads, self.step - 1)
         values["optim/skipped_steps"] = self.learner.guard.skipped
         values |= {f"{head}/collapsed_sub_heads": len(bad) for head, bad in self.learner.sub_heads.collapsed.items()}
         values["speed/images_per_second"] = steps_per_second * self.config.data.batch_size
         values["epoch"] = self.epoch + 1
         monitor.scalars(self.step, values)
         losses = {head: f"{values[f'loss/{head}']:.3f}" for head in terms}
-        bar.set_description(f"epoch {self.epoch + 1}/{self.config.train.epochs}", refresh=False)
+        bar.set_description(f"epoch {self.epoch + 1}/{self.course.last_epoch}", refresh=False)
         bar.set_postfix(losses, refresh=False)
-
-    def learning_rate(self, heads: Sequence[str], step: int) -> float:
-        """Return the learning rate of a step that trains `heads`."""
-        optim = self.config.optim
-        alone = tuple(heads) == ("contrastive",) and optim.contrastive_lr is not None
-        return learning_rate(
-            step,
-            total_steps=self.total_steps,
-            base=optim.contrastive_lr if alone and optim.contrastive_lr is not None else optim.lr,
-            schedule=optim.schedule,
-            warmup_steps=round(optim.warmup_epochs * self.total_steps / self.config.train.epochs),
-        )
 
     def train_step(self, each: Pass, position: int) -> Terms:
         """Update the weights once; nothing here waits for the device but the end of a pass.
@@ -202,12 +241,14 @@ class Trainer:
         """
         if position == 0:
             self.learner.sub_heads.begin_pass(each.heads)
-        batches = self.schedule.batches(self.epoch, each.heads, position)
-        views = [(heads, self._make_views(batch, each.first_view)) for heads, batch in batches]
+        schedule, epoch = self.course.schedule, self.epoch - self.course.first_epoch
+        batches = schedule.batches(epoch, each.heads, position)
+        views = [part for heads, batch in batches for part in self._inputs(heads, batch, each.first_view)]
         if position + 1 < each.steps:
-            for _, batch in self.schedule.batches(self.epoch, each.heads, position + 1):
+            for _, batch in schedule.batches(epoch, each.heads, position + 1):
                 self.images.prefetch(batch.indices)
-        terms = self.learner.step(views, self.learning_rate(each.heads, self.step), self.stop.received is not None)
+        learning_rate = self.course.learning_rate(each.heads, self.step)
+        terms = self.learner.step(views, learning_rate, self.stop.received is not None)
         self.step += 1
         if position == each.steps - 1:
             self._end_pass(each)
@@ -218,23 +259,118 @@ class Trainer:
             if self.place.is_main:
                 _logger.warning("epoch %d: %s", self.epoch + 1, line)
 
+    def _inputs(self, heads: Sequence[str], batch: Batch, first_view: int) -> list[tuple[Sequence[str], Tensor]]:
+        """Make the views that these heads are trained on, group by group."""
+        if self.stage != "refine":
+            return [(heads, self._make_views(batch, first_view))]
+        own = self._make_views(batch, first_view)
+        pairs = self._refine_pairs(batch, own)
+        groups = [(tuple(head for head in heads if head != "contrastive"), pairs)]
+        return groups if "contrastive" not in heads else [*groups, (("contrastive",), own)]
+
+    def _refine_pairs(self, batch: Batch, own: Tensor) -> Tensor:
+        """Make the pairs of the last stage, (2 * N, C, S, S): first what an image is labelled by or compared with.
+
+        Args:
+            batch: The images.
+            own: Two views of each.
+        """
+        count = len(batch.indices)
+        if self.config.refine.towards == "labels":
+            images, rows, _ = self.images.gather(batch.indices)
+            plain = self.views.evaluation(images, rows, self.config.dtype, self.config.train.channels_last)
+            return torch.cat([plain, own[count:]])
+        assert self.neighbours is not None
+        partners = draw_partners(self.neighbours, batch.indices, self.config.run.seed, batch.epoch, 1)
+        return torch.cat([own[:count], self._make_views(Batch(batch.epoch, partners), 0)[count:]])
+
     def _make_views(self, batch: Batch, first_view: int) -> Tensor:
         images, rows, indices = self.images.gather(batch.indices)
         layout = self.config.train.channels_last
         return self.views.training(
-            images, rows, indices, batch.epoch, first_view, dtype=self.learner.dtype, channels_last=layout
+            images, rows, indices, batch.epoch, first_view, dtype=self.config.dtype, channels_last=layout
         )
+
+    def _train_on_neighbours(self, folder: Path, monitor: Monitor) -> dict[str, Any]:
+        """Give the network new clustering heads, trained on neighbours in its features."""
+        asked = self.config.neighbours
+        stage = self._open_neighbours()
+        first_step, every = self.step - stage.training.step, self.config.train.checkpoint_every_steps
+        with self._progress(asked.steps, stage.training.step, "step") as bar:
+
+            def after_each(step: int, terms: Mapping[str, IICTerms]) -> None:
+                self.step, self._neighbour_state = first_step + step, stage.state_dict()
+                bar.update()
+                if step % self.config.monitor.log_every == 0:
+                    self._log_neighbours(monitor, bar, terms)
+                self._heed()
+                if every and step % every == 0:
+                    self._lap()
+                    resume.save(folder, self.state_dict())
+
+            stage.run(after_each)
+            heads, self.sub_heads = stage.finish()
+            self._neighbour_state, self.restarts, self.stage_done = None, {}, True
+            adopt_heads(self.model, heads)
+            self._lap()
+            result = self._evaluate_and_show(monitor, bar, "neighbours", True)
+            if (share := self._kmeans(stage)) is not None:
+                self.stage_figures["neighbours"]["kmeans_accuracy"] = share
+                if self.place.is_main:
+                    bar.write(f"neighbours: accuracy {share:.4f} by k-means on the same features")
+        resume.save_last(folder, self.state_dict())
+        return result
+
+    def _open_neighbours(self) -> NeighbourStage:
+        """Find the features of all training images and their neighbours, and go on from what was saved."""
+        count = len(self.data.train.images)
+        with self._progress(count, 0, "image") as bar:
+            bar.set_description("features", refresh=False)
+
+            def after_each(images: int) -> None:
+                bar.update(min(images * self.place.world_size, count - bar.n))
+                self._heed()
+
+            features = inference.all_features(
+                self.model,
+                self.views,
+                self.images,
+                count=count,
+                batch_size=self.config.train.evaluate_batch_size,
+                dtype=self.config.dtype,
+                after_each=after_each,
+            )
+        stage = NeighbourStage(self.config, features, self.device, lambda images: self._heed())
+        self.neighbours = stage.neighbours
+        if self._neighbour_state is not None:
+            stage.load_state_dict(self._neighbour_state)
+        return stage
+
+    def _log_neighbours(self, monitor: Monitor, bar: tqdm[Any], terms: Mapping[str, IICTerms]) -> None:
+        numbers = {}
+        for head, value in terms.items():
+            numbers |= {f"loss/{head}": value.loss.mean(), **report.head_numbers(head, value)}
+        values = report.to_host(numbers)
+        monitor.scalars(self.step, values)
+        bar.set_description("neighbours", refresh=False)
+        bar.set_postfix({head: f"{values[f'loss/{head}']:.3f}" for head in terms}, refresh=False)
+
+    def _kmeans(self, stage: NeighbourStage) -> float | None:
+        """Return the accuracy of k-means on the vectors of the stage; None without labels or on other ranks than 0."""
+        labels = self.data.train.labels
+        if labels is None or not self.place.is_main:
+            return None
+        k = self.config.clustering_heads[self.clustering_head]
+        return metrics.kmeans_accuracy(stage.vectors.cpu(), labels, k)
+
+    def _heed(self) -> None:
+        """End the stage here where any rank was asked to stop."""
+        if self.poll.stop(self.stop.received is not None):
+            raise Stopping
 
     def _evaluate(self) -> tuple[dict[str, Evaluation], Recommendation]:
         """Evaluate the network head by head, and choose a clustering head."""
-
-        def heed() -> None:
-            if self.poll.stop(self.stop.received is not None):
-                raise Stopping
-
-        evaluations = self.evaluator.evaluate(
-            self.learner.model, self.learner.sub_heads, self.learner.stuck.restarts, heed
-        )
+        evaluations = self.evaluator.evaluate(self.model, self.sub_heads, self.restarts, self._heed)
         recommendation = recommend([evaluations[head].health for head in self.config.clustering_heads])
         self.clustering_head = recommendation.chosen.head
         return evaluations, recommendation
@@ -255,8 +391,9 @@ class Trainer:
             "images_per_second": round(seen / self.train_seconds, 1) if self.train_seconds else None,
             "train_seconds": round(self.train_seconds, 2),
             "skipped_steps": self.learner.guard.skipped,
-            "collapsed_sub_heads": self.learner.sub_heads.collapsed,
+            "collapsed_sub_heads": self.sub_heads.collapsed,
             "choices": recommendation.as_json(),
+            "stages": self.stage_figures,
         }
 
     def evaluate(self) -> dict[str, Any]:
@@ -266,19 +403,28 @@ class Trainer:
         """
         return self._result(*self._evaluate(), self.epoch)
 
-    def _evaluate_and_show(self, monitor: Monitor, bar: tqdm[Any]) -> dict[str, Any]:
-        (evaluations, recommendation), epochs = self._evaluate(), self.epoch + 1
+    def _evaluate_and_show(self, monitor: Monitor, bar: tqdm[Any], when: str, last: bool) -> dict[str, Any]:
+        """Evaluate and show it.
+
+        Args:
+            when: For a person.
+            last: Whether the stage ends here.
+        """
+        evaluations, recommendation = self._evaluate()
+        figures = self.evaluator.figures(evaluations[recommendation.chosen.head])
+        if last:
+            self.stage_figures[self.stage] = {**figures, "seconds": round(self.train_seconds, 2)}
+        epochs = self.epoch + (self.stage != "neighbours")
         result = self._result(evaluations, recommendation, epochs)
         health = [evaluation.health for evaluation in evaluations.values()]
         monitor.scalars(self.step, report.health_numbers(health) | report.result_numbers(result))
         for line in [each.line() for each in health] + report.result_lines(result, recommendation):
             if self.place.is_main:
-                bar.write(f"epoch {epochs}: {line}")
+                bar.write(f"{when}: {line}")
         every = self.config.monitor.pictures_every
-        if epochs == self.config.train.epochs or (every and epochs % every == 0):
-            report.show_evaluation(
-                monitor, self.step, self.evaluator, evaluations[self.clustering_head], self.learner.model
-            )
+        if last or (every and epochs % every == 0):
+            shown = evaluations[self.clustering_head]
+            report.show_evaluation(monitor, self.step, self.evaluator, shown, self.model)
             report.show_choices(monitor, self.step, recommendation)
         return result
 
@@ -306,17 +452,40 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs to go on: tensors and plain values alone."""
-        return {
+        state: dict[str, Any] = {
             "step": self.step,
             "epoch": self.epoch,
             "train_seconds": self.train_seconds,
             "clustering_head": self.clustering_head,
+            "stage": self.stage,
+            "stage_done": self.stage_done,
+            "stage_figures": self.stage_figures,
+            "first_step": self.course.first_step,
+            "neighbours": None if self.neighbours is None else self.neighbours.int(),
+            "neighbour_state": self._neighbour_state,
             **self.learner.state_dict(),
         }
+        if self.stage == "neighbours" and self.stage_done:  # the learner is that of the stage before
+            state |= {"model": self.model.state_dict(), "optimizer": None, "sub_heads": self.sub_heads.state_dict()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was taken."""
-        self.learner.load_state_dict(state)
+        """Go on from where `state_dict` was taken; states of runs without stages are those of the first one."""
+        self.stage, self.stage_done = state.get("stage", "representation"), state.get("stage_done", False)
         self.step, self.epoch = state["step"], state["epoch"]
         self.train_seconds = state["train_seconds"]
         self.clustering_head = state["clustering_head"]
+        self.stage_figures = state.get("stage_figures", {})
+        neighbours = state.get("neighbours")
+        self.neighbours = None if neighbours is None else neighbours.long()
+        self._neighbour_state = state.get("neighbour_state")
+        if self.stage == "refine":
+            load_network(self.model, state["model"], self.config.clustering_heads)
+            self._open_refine(state["first_step"])
+        if self.stage == "neighbours" and self.stage_done:
+            load_network(self.model, state["model"], self.config.clustering_heads)
+            self.sub_heads = SubHeadRecord(self.model.shapes, {}, self.device, torch.float64)
+            self.sub_heads.load_state_dict(state["sub_heads"])
+            self.restarts = {}
+        else:
+            self.learner.load_state_dict(state)

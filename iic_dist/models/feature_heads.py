@@ -1,0 +1,119 @@
+"""Heads on features that a backbone gives and does not change: a space in which cosines count, and sub-heads there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from iic_dist.models.cluster_net import ClusterNet
+from iic_dist.models.heads import SubHeads
+
+SCALE = 5.0
+"""Length of the vectors that the sub-heads see."""
+
+
+class FeatureSpace(nn.Module):
+    """Maps features to vectors of one length: z = 5 n((f - mean) P), with n(x) = x / |x|.
+
+    Args:
+        mean: (F,), of the features that the space was made from.
+        projection: (F, D).
+    """
+
+    def __init__(self, mean: Tensor, projection: Tensor) -> None:
+        super().__init__()
+        assert projection.shape[0] == mean.shape[0], f"{projection.shape}, {mean.shape}"
+        # No buffers: those are averaged over the ranks in every step, as running statistics are.
+        self.mean = nn.Parameter(mean, requires_grad=False)
+        self.projection = nn.Parameter(projection, requires_grad=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the vectors (B, D) of `features` (B, F), in the dtype of the space."""
+        with torch.autocast(features.device.type, enabled=False):
+            centred = features.to(self.mean.dtype) - self.mean
+            return functional.normalize(centred @ self.projection) * SCALE
+
+
+class FeatureSubHeads(SubHeads):
+    """Sub-heads behind a space of their own: features (B, F) -> logits (B, H, K).
+
+    Args:
+        space: Where they look at the features.
+        num_sub_heads: H.
+        num_clusters: K.
+    """
+
+    def __init__(self, space: FeatureSpace, num_sub_heads: int, num_clusters: int) -> None:
+        super().__init__(space.projection.shape[1], num_sub_heads, num_clusters)
+        self.space = space
+
+    def alone(self, sub_head: int) -> FeatureSubHeads:
+        """Return a head of one of the sub-heads, with the same space and a copy of its weights."""
+        k = self.shape[1]
+        own = slice(sub_head * k, (sub_head + 1) * k)
+        head = FeatureSubHeads(self.space, 1, k).to(self.linear.weight)
+        head.linear.load_state_dict({"weight": self.linear.weight[own], "bias": self.linear.bias[own]})
+        return head
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits (B, H, K) of `features` (B, F)."""
+        vectors = self.space(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(vectors)
+
+
+def adopt_heads(model: ClusterNet, heads: Mapping[str, FeatureSubHeads]) -> None:
+    """Put heads on features in the place of those with clusters; an overclustering head goes."""
+    for name in model.shapes:
+        del model.heads[name]
+    contrastive = dict(model.heads.items())
+    model.heads.clear()
+    model.heads.update({**heads, **contrastive})  # the contrastive head stays the last
+
+
+def keep_selected(model: ClusterNet, selected: Mapping[str, int]) -> None:
+    """Leave one sub-head of each head on features.
+
+    Args:
+        model: With heads on features.
+        selected: Which one, by the name of the head.
+    """
+    kept = {}
+    for name, sub_head in selected.items():
+        head = model.heads[name]
+        assert isinstance(head, FeatureSubHeads)
+        kept[name] = head.alone(sub_head)
+    adopt_heads(model, kept)
+
+
+def heads_of_state(state: Mapping[str, Tensor], clustering_heads: Mapping[str, int]) -> dict[str, FeatureSubHeads]:
+    """Build the heads on features that a state dict of a network holds, to be filled from it; none where it has others.
+
+    Args:
+        state: Of a `ClusterNet`.
+        clustering_heads: K of each clustering head, by its name.
+    """
+    heads = {}
+    for name, k in clustering_heads.items():
+        projection = state.get(f"heads.{name}.space.projection")
+        if projection is not None:
+            space = FeatureSpace(torch.zeros_like(state[f"heads.{name}.space.mean"]), torch.zeros_like(projection))
+            heads[name] = FeatureSubHeads(space, len(state[f"heads.{name}.linear.bias"]) // k, k)
+    return heads
+
+
+def load_network(model: ClusterNet, state: Mapping[str, Tensor], clustering_heads: Mapping[str, int]) -> None:
+    """Load a state dict of any stage of a run into the network that the run began with.
+
+    Raises:
+        RuntimeError: it is not of this network.
+    """
+    if heads := heads_of_state(state, clustering_heads):
+        place = next(model.parameters())
+        adopt_heads(model, {name: head.to(place.device, place.dtype) for name, head in heads.items()})
+        for name in [name for name in model.heads if not any(key.startswith(f"heads.{name}.") for key in state)]:
+            del model.heads[name]
+    model.load_state_dict(dict(state))
