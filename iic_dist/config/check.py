@@ -45,6 +45,8 @@ def check_course(config: Config) -> None:
         raise UsageError(f"data.labels={data.labels!r}: is for features:FILE.npy; a folder has data.folder_labels")
     if features and (config.pretrained or data.unlabelled):
         raise UsageError(f"{data.name}: features need no model.pretrained, model.weights or data.unlabelled")
+    if epochs == 0 and not config.neighbours.steps:
+        raise UsageError("train.epochs=0 and neighbours.steps=0: nothing is trained; set --neighbours.steps 1000")
     if config.of_features and data.unlabelled:
         raise UsageError("data.unlabelled=true: with train.epochs 0 no head trains on unlabelled images")
 

@@ -61,7 +61,7 @@ class Contents:
         checksums: CRC-32 of each 64 MiB of the pixels.
         paths: Of the files that the images were decoded from.
         malformed: Of those that could not be.
-        dtype: Of a pixel or a feature, by torch's name.
+        dtype: Of a pixel or a feature, by NumPy's name.
     """
 
     source: str
@@ -74,20 +74,12 @@ class Contents:
     @property
     def nbytes(self) -> int:
         """Length of what is mapped, bytes."""
-        return math.prod(self.shape) * torch_dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
     def checksum(self) -> int:
         """A number from 0 to 2^32 - 1 for the images and their order."""
         return zlib.crc32(json.dumps([self.shape, self.checksums, self.paths]).encode())
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype of a name, such as "float16"."""
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise Unusable(f"it is damaged: it holds {name!r}")
-    return dtype
 
 
 def read(file: BinaryIO, source: str, *, verify: bool, progress: bool = False) -> tuple[Tensor, Contents]:
@@ -114,7 +106,7 @@ def read(file: BinaryIO, source: str, *, verify: bool, progress: bool = False) -
         for number, (found, wanted) in enumerate(zip(_checksums(pixels, progress), contents.checksums, strict=True)):
             if found != wanted:
                 raise Unusable(f"it is damaged: the checksum of bytes {number * _BLOCK} and following is wrong")
-    return torch.from_numpy(pixels).view(torch_dtype(contents.dtype)).view(contents.shape), contents
+    return torch.from_numpy(pixels.view(contents.dtype)).view(contents.shape), contents
 
 
 def _read_contents(file: BinaryIO) -> Contents:

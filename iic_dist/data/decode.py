@@ -119,7 +119,13 @@ class _Chunks(Dataset[Decoded]):
     """
 
     def __init__(
-        self, root: Path, paths: list[str], image_size: int, max_pixels: int, resampling: Resampling, workers: int
+        self,
+        root: Path,
+        paths: list[str],
+        image_size: int,
+        max_pixels: int,
+        workers: int,
+        resampling: Resampling = "bilinear",
     ) -> None:
         self.root, self.paths = root, paths
         self.image_size, self.max_pixels, self.resampling = image_size, max_pixels, resampling
@@ -182,7 +188,7 @@ def decoded_files(
         UsageError: a worker ended, by a crash inside a decoder or because memory ran short.
     """
     workers = count_workers(workers)
-    chunks = _Chunks(root, paths, image_size, max_pixels, resampling, workers)
+    chunks = _Chunks(root, paths, image_size, max_pixels, workers, resampling)
     workers = min(workers, len(chunks))
     # What it yields are arrays, which pass through pipes: tensors take shared memory, of which containers have little.
     loader = DataLoader(

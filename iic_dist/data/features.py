@@ -142,12 +142,14 @@ def _open(path: Path, what: str) -> np.ndarray:
     if path.suffix != ".npy":
         raise UsageError(f"{what} {str(path)!r}: must be a file .npy, as numpy.save writes it")
     try:
-        array: np.ndarray = np.load(path, mmap_mode="c", allow_pickle=False)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
         raise UsageError(
             f"{what} {str(path)!r} cannot be read: not a .npy of numbers, or cut short ({reason})"
         ) from error
+    if not isinstance(array, np.ndarray):
+        raise UsageError(f"{what} {str(path)!r}: holds several arrays: save one with numpy.save")
     return array
 
 

@@ -117,6 +117,11 @@ def build_backbone(
     pretrained = pretrained or weights is not None
     if name in _OWN and pretrained:
         raise UsageError(f"backbone {name!r} has no pretrained weights: set pretrained to false")
+    if pretrained and (norm != "batch" or in_channels != 3):
+        raise UsageError(
+            f"pretrained weights of {name!r} need norm batch and 3 channels, not {norm} and {in_channels}: "
+            "change these or set pretrained to false"
+        )
     file = None
     if pretrained and fetch_weights:
         file = find_weights(name, None if weights is None else str(weights))

@@ -33,8 +33,6 @@ def timm_backbone(name: str, in_channels: int, image_size: int, norm: Norm, weig
     """
     if norm != "batch":
         raise UsageError(f"backbone {name!r} has its own norm, not {norm!r}: set norm to batch")
-    if weights is not None and in_channels != 3:
-        raise UsageError(f"pretrained weights of {name!r} need 3 channels, not {in_channels}: set data.channels to 3")
     cfg = pretrained_cfg(name)
     size: dict[str, Any] = {"img_size": image_size} if cfg.fixed_input_size else {}
     if weights is None:

@@ -51,11 +51,6 @@ def torchvision_backbone(
     Raises:
         UsageError: the network offers no such norm or does not take such images, or the weights are not its own.
     """
-    if pretrained and (norm != "batch" or in_channels != 3):
-        raise UsageError(
-            f"pretrained weights of {name!r} need norm batch and 3 channels, not {norm} and {in_channels}: "
-            "change these or set pretrained to false"
-        )
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = True  # the default too, but then with a warning
