@@ -12,6 +12,7 @@ from iic_dist.config.build import load_data
 from iic_dist.config.command_line import parse
 from iic_dist.config.console import errors_in_one_line, log_to_console, say
 from iic_dist.config.folder import choose
+from iic_dist.config.weights import with_weights
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import metrics
@@ -55,6 +56,7 @@ def train(config: Config, place: Place, stop: StopSignals) -> None:
     device = distributed.choose_device(config.run.device, place)
     distributed.use_threads(config.run.threads, place)
     distributed.start(place, device, config.run.timeout_minutes)
+    config = with_weights(distributed.broadcast(config), place, partial(say, place))
     losses = choose_losses(config, device)
     trainer = Trainer(config, load_data(config, place), place, device)
     folder = open_folder(config, trainer, place)
@@ -78,7 +80,7 @@ def main() -> None:
     log_to_console()
     place = Place.from_environment()
     with StopSignals() as stop, errors_in_one_line(place):
-        train(parse(choose=partial(choose, say=partial(say, place))), place, stop)
+        train(parse(choose=partial(choose, say=partial(say, place), main=place.is_main)), place, stop)
 
 
 if __name__ == "__main__":

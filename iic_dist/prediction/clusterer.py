@@ -89,6 +89,7 @@ class Clusterer:
     def __init__(self, config: Config, state: dict[str, Any], device: torch.device) -> None:
         self.config, self.device = config, device
         self.channels, self.image_size = config.image_shape
+        self.resampling = config.data.resampling or "bilinear"
         self.head: str = state["clustering_head"]
         self.num_clusters = config.clustering_heads[self.head]
         self.selected = int(state["sub_heads"]["losses"][self.head].argmin())
@@ -145,7 +146,7 @@ class Clusterer:
         Raises:
             Exception: the file is malformed; Pillow raises many kinds.
         """
-        return to_channels(decode_image(Path(path), self.image_size), self.channels)
+        return to_channels(decode_image(Path(path), self.image_size, resampling=self.resampling), self.channels)
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         if isinstance(images, ImageSet):
@@ -168,7 +169,7 @@ class Clusterer:
         if batch.shape[-2:] == (self.image_size, self.image_size):
             return batch
         pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_channels(batch, 3)]
-        return torch.stack([square(picture, self.image_size) for picture in pictures])
+        return torch.stack([square(picture, self.image_size, self.resampling) for picture in pictures])
 
     def _picture(self, picture: Picture) -> Tensor:
         if isinstance(picture, str | os.PathLike):
@@ -176,7 +177,7 @@ class Clusterer:
         if not isinstance(picture, Image.Image):
             raise UsageError(f"an image as {type(picture).__name__}: must be a path or a PIL image")
         turned = ImageOps.exif_transpose(picture)
-        return to_channels(square(turned, self.image_size), self.channels)
+        return to_channels(square(turned, self.image_size, self.resampling), self.channels)
 
 
 def load(run: str | os.PathLike[str], device: str = "auto") -> Clusterer:
