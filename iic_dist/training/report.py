@@ -121,7 +121,7 @@ def show_clusters(
         picture = mosaics.cluster_mosaic(evaluated.images, clusters, confidence, k, doubtful=doubtful)
         monitor.image(f"clusters/{tag}", picture, step)
     if counts is not None:
-        monitor.figure("clusters/confusion", charts.confusion(counts, evaluated.class_names), step)
+        show_confusion(monitor, step, counts, evaluated.class_names)
 
 
 def show_evaluation(
@@ -132,12 +132,19 @@ def show_evaluation(
     Collective: all ranks must call; gathers an integer and a float of each image.
     """
     evaluated = evaluator.evaluated
+    assert isinstance(evaluated, ImageSet)
     clusters, confidence = evaluation.assigned.gathered(evaluation.selected)
     counts = None if evaluation.counts is None else evaluation.counts[evaluation.selected]
     show_clusters(monitor, step, evaluated, clusters, confidence, evaluation.health.num_clusters, counts)
     if monitor.enabled:
         sample = projector_sample(len(evaluated.images))
         show_embedding(monitor, step, evaluated, sample, evaluator.features(model, sample), clusters)
+
+
+def show_confusion(monitor: Monitor, step: int, counts: Tensor, class_names: Sequence[str]) -> None:
+    """Show clusters against classes: (K, C) counts of the selected sub-head."""
+    if monitor.enabled:
+        monitor.figure("clusters/confusion", charts.confusion(counts, class_names), step)
 
 
 def projector_sample(count: int) -> Tensor:
