@@ -179,8 +179,10 @@ def summary(result: Mapping[str, Any]) -> str:
     lines = (
         f"{result['data']}: {result['num_images']} images, {result['num_clusters']} clusters, "
         f"{result['epochs']} epochs, {result['world_size']} rank(s), seed {result['seed']}, "
-        f"{result['train_seconds']} s of training, {result['images_per_second']} images/s"
+        f"{result['train_seconds']} s of training"
     )
+    if result["images_per_second"] is not None:
+        lines += f", {result['images_per_second']} images/s"
     if (accuracy := result["accuracy"]) is not None:
         lines += (
             f"\naccuracy {accuracy['selected']:.4f} (selected sub-head; mean {accuracy['mean']:.4f} "

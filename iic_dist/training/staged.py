@@ -225,12 +225,12 @@ class StagedRun(abc.ABC):
         bar.set_postfix({head: f"{values[f'loss/{head}']:.3f}" for head in terms}, refresh=False)
 
     def _kmeans(self, stage: NeighbourStage) -> float | None:
-        """Return the accuracy of k-means on the vectors of the stage; None without labels or on other ranks than 0."""
+        """Return the accuracy of k-means on the features' directions; None without labels or on other ranks than 0."""
         labels = self.trained_on.labels
         if labels is None or not self.place.is_main:
             return None
         k = self.config.clustering_heads[self.clustering_head]
-        return metrics.kmeans_accuracy(stage.vectors.cpu(), labels, k)
+        return metrics.kmeans_accuracy(stage.directions(), labels, k)
 
     def _heed(self) -> None:
         """End the stage here where any rank was asked to stop."""
@@ -257,7 +257,7 @@ class StagedRun(abc.ABC):
             "world_size": self.place.world_size,
             "seed": self.config.run.seed,
             **self.evaluator.figures(evaluations[chosen.head]),
-            "images_per_second": round(seen / self.train_seconds, 1) if self.train_seconds else None,
+            "images_per_second": round(seen / self.train_seconds, 1) if seen and self.train_seconds else None,
             "train_seconds": round(self.train_seconds, 2),
             "skipped_steps": self.skipped_steps,
             "collapsed_sub_heads": self.sub_heads.collapsed,
