@@ -28,8 +28,9 @@ from iic_dist.data.source import ImageSource
 from iic_dist.models import Backbone
 from iic_dist.views.views import Views
 
-BATCH = 128
-"""Images of one forward pass."""
+_BATCH = {"cpu": 32, "cuda": 128}
+"""Images of one forward pass. On a CPU small ones stay in its caches: EfficientNet-lite0 at 160 px takes 14 ms of one
+core an image in batches of 32, and 20 ms in batches of 128."""
 
 Precision = Literal["float32", "bfloat16", "float64"]
 
@@ -51,6 +52,11 @@ class Embedder:
     device: torch.device
     precision: Precision = "float32"
     channels_last: bool = False
+
+    @property
+    def batch_size(self) -> int:
+        """Images of one forward pass, if nobody asks for others."""
+        return _BATCH[self.device.type]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,7 +96,7 @@ def extract_images(
     embed: Embedder,
     images: ImageSource,
     *,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     progress: bool = False,
     after_each: Callable[[], None] | None = None,
 ) -> Tensor:
@@ -99,13 +105,13 @@ def extract_images(
     Args:
         embed: The network.
         images: All N images, for every rank.
-        batch_size: Images of one forward pass.
+        batch_size: Images of one forward pass; None for `embed.batch_size`.
         progress: Show a progress bar.
         after_each: Called after every forward pass, equally often on all ranks; may raise to end it here.
 
     Collective: all ranks must call; gathers all features.
     """
-    count = len(images)
+    count, batch_size = len(images), batch_size or embed.batch_size
     own, most = _share(range(0, count, batch_size))
     batches = [torch.arange(start, min(start + batch_size, count)) for start in own]
     parts = [torch.empty(0, embed.backbone.num_features, dtype=embed.dtype)]
@@ -131,7 +137,7 @@ def embed_files(
     image_size: int,
     resampling: Resampling = "bilinear",
     workers: int | None = 0,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Generator[Embedded]:
     """Decode this rank's part of some files and embed them, in one stream: few images are in memory at a time.
@@ -143,14 +149,14 @@ def embed_files(
         image_size: Side that the images are decoded at, pixels.
         resampling: See `decode_image`.
         workers: Processes that decode beside the network. 0: this one does.
-        batch_size: Images of one forward pass, in whole chunks of `decoded_files`.
+        batch_size: Images of one forward pass, in whole chunks of `decoded_files`; None for `embed.batch_size`.
         progress: Show a progress bar.
 
     Yields:
         The features of the files that could be decoded, in order, on the CPU.
     """
     chunk = chunk_size(image_size)
-    window = chunk * max(1, batch_size // chunk)
+    window = chunk * max(1, (batch_size or embed.batch_size) // chunk)
     own, _ = _share(range(0, len(paths), window))
     part = paths[own[0] : own[-1] + window] if own else []
     with (

@@ -85,7 +85,8 @@ def load_run_features(config: Config, place: Place, device: torch.device) -> Run
 def frozen_embedder(config: Config, device: torch.device) -> Embedder:
     """Build the frozen backbone of a config on its device, as a function of images.
 
-    On CUDA it computes in bfloat16, unless in float64.
+    On CUDA it computes in bfloat16, unless in float64. Convolutions are faster with channels last, on CPUs too
+    (EfficientNet-lite0: 14 ms of one core an image instead of 20).
     """
     channels, _ = config.image_shape
     views = build_views(config)
@@ -99,17 +100,11 @@ def frozen_embedder(config: Config, device: torch.device) -> Embedder:
         weights_digest=config.model.weights_digest,
     )
     backbone.requires_grad_(False)
-    on_gpu = device.type == "cuda"
     precision = config.train.precision
-    embedder = Embedder(
-        backbone,
-        views,
-        device,
-        "bfloat16" if on_gpu and precision == "float32" else precision,
-        channels_last=on_gpu or config.train.channels_last,
-    )
-    layout = torch.channels_last if embedder.channels_last else torch.preserve_format
-    backbone.to(device, embedder.dtype).to(memory_format=layout)
+    if device.type == "cuda" and precision == "float32":
+        precision = "bfloat16"
+    embedder = Embedder(backbone, views, device, precision, channels_last=True)
+    backbone.to(device, embedder.dtype).to(memory_format=torch.channels_last)
     return embedder
 
 
