@@ -127,7 +127,7 @@ def choose(
         f"median shorter side ({found.num_read} looked at). Chosen for them, unless an option or a file says otherwise:"
     )
     for name, choice in choices.items():
-        say(f"  --{name} {choice.value}".ljust(40) + choice.reason)
+        say(f"  --{name} {choice.value} ".ljust(40) + choice.reason)
     if missing is not None:
         say(f"  (pretrained features would sort photographs better, but {missing}. Training from scratch instead)")
     elif backbone is None:
