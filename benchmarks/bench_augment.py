@@ -9,29 +9,31 @@ included: drawing parameters and reading the bytes of the batch. With --device c
 
 from __future__ import annotations
 
-import argparse
 import functools
+import itertools
 import json
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import measuring
+import provenance
 import pytest
+import side_by_side
 import torch
 from torch import Tensor
 
 from iic_dist.ops import augment as native
 from iic_dist.ops.philox import uniforms
 from iic_dist.views.draw import NUM_UNIFORMS, draw
-from iic_dist.views.spec import ViewSpec
+from iic_dist.views.policies import policy
 from iic_dist.views.views import Views
 
 SHAPES = [(32, 32), (64, 64), (96, 64)]
 """Side of the images and of the views, pixels."""
-IMAGES, BATCH = 2048, 256
+IMAGES, BATCH, DRAWN = 2048, 256, 64
+"""Images of the set and of a batch, and batches before they come round again."""
 PER_BATCH = "torchvision batch"
 """Marked in the table: it draws one set of parameters for all images of a batch, which no training can use."""
 KORNIA, FUSED = "kornia", "impl=fused"
@@ -80,21 +82,8 @@ def kornia_chain(size: int) -> Callable[[Tensor], Tensor]:
 
 
 def our_views(size: int, impl: str) -> Views:
-    """The chain as a policy: two views of each image, of one distribution."""
-    spec = ViewSpec(
-        size=size,
-        crop_area=(0.2, 1.0),
-        flip=0.5,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.4,
-        hue=0.1,
-        jitter_probability=0.8,
-        gray=0.2,
-        mean=(MEAN,),
-        std=(STD,),
-    )
-    return Views(spec, spec, spec, repeats=1, seed=0, impl=impl)
+    """The chain is the policy `simclr`: two views of each image, of one distribution."""
+    return policy("simclr", image_size=size, channels=3, seed=0, mean=[MEAN], std=[STD], impl=impl)
 
 
 def forms(size: int) -> dict[str, Form]:
@@ -139,34 +128,31 @@ def assert_same_distribution(size: int, side: int) -> None:
         assert abs(float(views.std() / seen[FUSED].std()) - 1) < 0.15, name
 
 
+def batches() -> Iterator[tuple[Tensor, int]]:
+    """Rows and number of one batch after the other, the same for every form, drawn before any time is taken."""
+    drawn = torch.randint(IMAGES, (DRAWN, BATCH), generator=torch.Generator().manual_seed(1))
+    return itertools.cycle([(rows, number) for number, rows in enumerate(drawn)])
+
+
+def next_views(form: Form, images: Tensor, batches: Iterator[tuple[Tensor, int]]) -> Tensor:
+    return form(images, *next(batches))
+
+
 def measure(side: int, size: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Median images per second of every form, one batch of each in turn until the time is up."""
     images = pictures(IMAGES, side)
     assert_parity(size, images)
     assert_same_distribution(size, side)
-    made = forms(size)
-    times: dict[str, list[float]] = {name: [] for name in made}
-    generator = torch.Generator().manual_seed(1)
-    end, number = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or number < 8:
-        rows = torch.randint(IMAGES, (BATCH,), generator=generator)
-        for name, form in made.items():
-            work = functools.partial(form, images, rows, number)
-            times[name].append(measuring.cpu_milliseconds(work))
-        number += 1
+    works = {name: functools.partial(next_views, form, images, batches()) for name, form in forms(size).items()}
+    times = side_by_side.in_turn(works, seconds, 8)
     return {
-        name: {
-            "median_images_per_second": BATCH / statistics.median(values) * 1e3,
-            "lower_quartile_ms": statistics.quantiles(values, n=4)[0],
-            "median_ms": statistics.median(values),
-            "runs": len(values),
-        }
-        for name, values in times.items()
+        name: {"median_images_per_second": BATCH / figures["median_ms"] * 1e3, **figures}
+        for name, figures in times.items()
     }
 
 
-def on_gpu() -> dict[str, dict[str, float]]:
-    """Views per second on the current GPU, for benchmarks/gpu.py.
+def measure_on_gpu() -> dict[str, dict[str, float]]:
+    """Views per second on the current GPU.
 
     Returns:
         By shape: the native op alone in the replay of a graph; whole calls of `training` on the wall, parameters
@@ -216,25 +202,28 @@ def print_table(results: dict[str, dict[str, dict[str, Any]]]) -> None:
         print(f"{'met' if ratio >= wanted else 'MISSED'}: {side}->{size} {ratio:.1f}x kornia, {wanted:.0f}x asked")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--seconds", type=float, default=20, help="for each shape, on a CPU")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+def on_cpu(path: Path, seconds: float) -> None:
     torch.set_num_threads(1)
-    results: dict[str, Any]
-    if options.device == "cuda":
-        results = on_gpu()
-        print(json.dumps(results, indent=2))
-    else:
-        results = {f"{side}->{size}": measure(side, size, options.seconds) for side, size in SHAPES}
-        print_table(results)
-    output = options.output or Path(__file__).parent / "results" / f"augment_{options.device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figures = {"provenance": measuring.provenance(options.device), "batch": BATCH, "shapes": results}
-    output.write_text(json.dumps(figures, indent=2) + "\n")
-    print(f"written to {output}")
+    results = {f"{side}->{size}": measure(side, size, seconds) for side, size in SHAPES}
+    print_table(results)
+    write(path, "cpu", results)
+
+
+def on_cuda(path: Path, alone: bool) -> None:  # there are no rivals to leave out
+    torch.set_num_threads(1)
+    results = measure_on_gpu()
+    print(json.dumps(results, indent=2))
+    write(path, "cuda", results)
+
+
+def write(path: Path, device: str, results: dict[str, Any]) -> None:
+    figures = {"provenance": provenance.of(device), "batch": BATCH, "shapes": results}
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+def main() -> None:
+    side_by_side.main("augment", on_cpu, on_cuda, seconds=20)
 
 
 @pytest.mark.benchmark(timer=time.thread_time, min_rounds=3, max_time=1, warmup=False)

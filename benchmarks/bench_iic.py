@@ -9,18 +9,18 @@ A CPU is measured at one thread in CPU time; a GPU in its own time in a replayed
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import measuring
+import provenance
 import pytest
+import side_by_side
 import torch
+from side_by_side import assert_parity, relative_error
 from torch import Tensor
 
 from iic_dist.losses import iic_loss
@@ -117,38 +117,16 @@ def reference(logits_a: Tensor, logits_b: Tensor) -> tuple[Tensor, ...]:
     return step(published_product, *doubles)
 
 
-def relative_error(values: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest relative norm of the errors; NaN where there is one among them."""
-    pairs = zip(values, wanted, strict=True)
-    return float(torch.stack([(value.double() - want).norm() / want.norm() for value, want in pairs]).max())
-
-
-def assert_parity(values: Sequence[Tensor], wanted: Sequence[Tensor], precision: str = "float32") -> None:
-    """Raise unless value and gradients are those of the reference."""
-    error = relative_error(values, wanted)
-    assert error <= TOLERANCE[precision], f"relative error {error:.1e}, {TOLERANCE[precision]} allowed"
-
-
 def measure(n: int, k: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Median milliseconds and peak memory of every form, one step of each in turn until the time is up."""
     logits = make_logits(n, k, "cpu")
     works = {name: (lambda form=form: step(form, *logits)) for name, form in FORMS.items() if fits(name, n, k)}
     wanted = reference(*logits)
     for work in works.values():
-        assert_parity(work(), wanted)
-    times: dict[str, list[float]] = {name: [] for name in works}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["impl=fused"]) < 7:
-        for name, work in works.items():
-            times[name].append(measuring.cpu_milliseconds(work))
+        assert_parity(work(), wanted, TOLERANCE["float32"])
+    times = side_by_side.in_turn(works, seconds, 7)
     return {
-        name: {
-            "median_ms": statistics.median(values),
-            "lower_quartile_ms": statistics.quantiles(values, n=4)[0],
-            "runs": len(values),
-            "peak_mib": measuring.peak_mebibytes(works[name], "cpu"),
-        }
-        for name, values in times.items()
+        name: {**figures, "peak_mib": measuring.peak_mebibytes(works[name], "cpu")} for name, figures in times.items()
     }
 
 
@@ -215,7 +193,7 @@ def measure_on_gpu(precision: str, n: int, k: int, name: str) -> dict[str, Any]:
         row["graph_us"] = 1e3 * milliseconds
         if name == "impl=fused":
             for values in (work(), replayed):
-                assert_parity(values, wanted, precision)
+                assert_parity(values, wanted, TOLERANCE[precision])
             row |= {"ops_us": measure_ops(*logits), "h100_bar_us": H100_BARS_US[row["shape"]].get(precision)}
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"
@@ -240,41 +218,20 @@ def print_gpu_table(rows: list[dict[str, Any]]) -> None:
         print(line + (f"{row['wall_us'] / wall:8.2f}x" if wall else f"{'-':>9}"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--seconds", type=float, default=10, help="for each shape, on a CPU")
-    parser.add_argument("--output", type=Path, help="the JSON file; default results/iic_DEVICE.json")
-    options = parser.parse_args()
-    path = options.output or Path(__file__).parent / "results" / f"iic_{options.device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if options.device == "cuda":
-        main_cuda(path)
-    else:
-        main_cpu(path, options.seconds)
-
-
-def main_cpu(path: Path, seconds: float) -> None:
+def on_cpu(path: Path, seconds: float) -> None:
     torch.set_num_threads(1)
     results = {f"{n} x {k}": measure(n, k, seconds) for n, k in SHAPES}
     print_table(results)
-    path.write_text(json.dumps({"provenance": measuring.provenance("cpu"), "shapes": results}, indent=2) + "\n")
+    path.write_text(json.dumps({"provenance": provenance.of("cpu"), "shapes": results}, indent=2) + "\n")
     print(f"written to {path}")
 
 
-def main_cuda(path: Path) -> None:
-    """Write the file after each case, so that a run that is cut off leaves its figures."""
-    rows: list[dict[str, Any]] = []
-    figures = {"provenance": measuring.provenance("cuda"), "rows": rows}
-    for case in gpu_cases():
-        rows.append(measure_on_gpu(*case))
-        path.write_text(json.dumps(figures, indent=2) + "\n")
-        print(".", end="", flush=True)
-    print()
-    print_gpu_table(rows)
-    print(f"written to {path}")
-    if any("error" in row and row["form"] == "impl=fused" for row in rows):
-        sys.exit("the fused loss failed: see the table")
+def on_cuda(path: Path, alone: bool) -> None:
+    side_by_side.to_file("impl=fused", path, gpu_cases(), measure_on_gpu, print_gpu_table, alone)
+
+
+def main() -> None:
+    side_by_side.main("iic", on_cpu, on_cuda)
 
 
 @pytest.mark.benchmark(timer=time.thread_time, min_rounds=5, max_time=1, warmup=False)
@@ -284,7 +241,7 @@ def test_forward_backward(benchmark: Any, n: int, k: int, name: str) -> None:
     if not fits(name, n, k):
         pytest.skip(f"{n} x {k} x {k} outer products need {n * k * k * 4 >> 20} MiB a sub-head")
     logits = make_logits(n, k, "cpu")
-    assert_parity(step(FORMS[name], *logits), reference(*logits))
+    assert_parity(step(FORMS[name], *logits), reference(*logits), TOLERANCE["float32"])
     benchmark.group = f"IIC {n} x {k}"
     benchmark.extra_info["peak_mib"] = measuring.peak_mebibytes(lambda: step(FORMS[name], *logits), "cpu")
     benchmark(step, FORMS[name], *logits)

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import measuring
 import numpy as np
+import provenance
 import torch
 from PIL import Image
 from torch import Tensor
 
 from iic_dist.data.device import DeviceImages
+from iic_dist.data.folder import Reading
 from iic_dist.data.host import HostImages
 from iic_dist.data.listing import list_images
 from iic_dist.data.load import load_image_set
@@ -84,8 +85,8 @@ def measure_decoding(photos: Path, count: int, rounds: int) -> dict[str, Any]:
 
 
 def load(folder: Path, cache: Path | None, **options: Any) -> Tensor:
-    options = {"image_size": IMAGE_SIZE, "progress": False, "cache": cache, **options}
-    return load_image_set(f"folder:{folder}", folder, "all", **options).images
+    reading = Reading(**{"progress": False, "cache": cache, **options})
+    return load_image_set(f"folder:{folder}", folder, "all", image_size=IMAGE_SIZE, reading=reading).images
 
 
 def measure_opening(photos: Path, cache: Path) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "loader_cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"provenance": measuring.provenance("cpu"), "load_before": os.getloadavg()}
+    results: dict[str, Any] = {"provenance": provenance.of("cpu"), "load_before": os.getloadavg()}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         make_photos(scratch / "photos", options.photos)

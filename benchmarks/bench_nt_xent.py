@@ -10,21 +10,21 @@ names. A GPU is measured in its own time in a replayed graph and in eager time o
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 import os
-import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import measuring
+import provenance
 import pytest
+import side_by_side
 import torch
 import torch.nn.functional as F
-from bench_iic import relative_error
+from side_by_side import assert_parity, relative_error
 from torch import Tensor
 
 from iic_dist.losses import nt_xent_loss
@@ -129,12 +129,6 @@ def products(embeddings_a: Tensor, embeddings_b: Tensor) -> Callable[[], tuple[T
     return work
 
 
-def assert_parity(values: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float = TOLERANCE) -> None:
-    """Raise unless value and gradients are those of the reference."""
-    error = relative_error(values, wanted)
-    assert error <= tolerance, f"relative error {error:.1e}, {tolerance} allowed"
-
-
 def reference(embeddings_a: Tensor, embeddings_b: Tensor) -> tuple[Tensor, ...]:
     """What `step` should give: cross-entropy in float64."""
     return step(cross_entropy, *(x.detach().double().requires_grad_() for x in (embeddings_a, embeddings_b)))
@@ -143,28 +137,17 @@ def reference(embeddings_a: Tensor, embeddings_b: Tensor) -> tuple[Tensor, ...]:
 def measure(rows: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Median milliseconds and peak memory of every form, one step of each in turn until the time is up."""
     embeddings = make_embeddings(rows)
-    works: dict[str, measuring.Work] = {}
-    for name, form in FORMS.items():
-        works[name] = lambda form=form: step(form, *embeddings)
+    works: dict[str, measuring.Work] = {
+        name: functools.partial(step, form, *embeddings) for name, form in FORMS.items()
+    }
     wanted = reference(*embeddings)
     for work in works.values():
-        assert_parity(work(), wanted)
+        assert_parity(work(), wanted, TOLERANCE)
     del wanted
     works[PRODUCTS] = products(*embeddings)
-    times: dict[str, list[float]] = {name: [] for name in works}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[PRODUCTS]) < 5:
-        for name, work in works.items():
-            times[name].append(measuring.cpu_milliseconds(work))
-    return {
-        name: {
-            "median_ms": statistics.median(values),
-            "lower_quartile_ms": statistics.quantiles(values, n=4)[0],
-            "runs": len(values),
-            "peak_mib": measuring.peak_mebibytes(works[name], "cpu") if name in FORMS else None,
-        }
-        for name, values in times.items()
-    }
+    times = side_by_side.in_turn(works, seconds, 5)
+    peaks = {name: measuring.peak_mebibytes(works[name], "cpu") for name in FORMS}
+    return {name: {**figures, "peak_mib": peaks.get(name)} for name, figures in times.items()}
 
 
 def peaks_at_most_rows() -> dict[str, float]:
@@ -172,8 +155,8 @@ def peaks_at_most_rows() -> dict[str, float]:
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     embeddings = make_embeddings(MOST_ROWS)
-    tiled = ("impl=torch", "impl=fused")
-    peaks = {name: measuring.peak_mebibytes(lambda name=name: step(FORMS[name], *embeddings), "cpu") for name in tiled}
+    tiled = {name: functools.partial(step, FORMS[name], *embeddings) for name in ("impl=torch", "impl=fused")}
+    peaks = {name: measuring.peak_mebibytes(work, "cpu") for name, work in tiled.items()}
     torch.set_num_threads(before)
     return peaks
 
@@ -270,21 +253,7 @@ def print_gpu_table(rows: list[dict[str, Any]]) -> None:
         print(line + (f"{row['wall_ms'] / wall:9.2f}x" if wall else f"{'-':>10}") + f" {row.get('error', '')}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--seconds", type=float, default=10, help="for each shape, on a CPU")
-    parser.add_argument("--output", type=Path, help="the JSON file; default results/nt_xent_DEVICE.json")
-    options = parser.parse_args()
-    path = options.output or Path(__file__).parent / "results" / f"nt_xent_{options.device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if options.device == "cuda":
-        main_cuda(path)
-    else:
-        main_cpu(path, options.seconds)
-
-
-def main_cpu(path: Path, seconds: float) -> None:
+def on_cpu(path: Path, seconds: float) -> None:
     torch.set_num_threads(1)
     results = {str(rows): measure(rows, seconds) for rows in ROWS}
     print_table(results)
@@ -293,24 +262,17 @@ def main_cpu(path: Path, seconds: float) -> None:
     for name, peak in peaks.items():
         verdict = "met" if peak <= MOST_MEBIBYTES else "MISSED"
         print(f"{verdict}: {name} holds {peak:.1f} MiB at {MOST_ROWS}, {MOST_MEBIBYTES} allowed")
-    figures = {"provenance": measuring.provenance("cpu"), "rows": results, f"peak_mib_{MOST_ROWS}": peaks}
+    figures = {"provenance": provenance.of("cpu"), "rows": results, f"peak_mib_{MOST_ROWS}": peaks}
     path.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"written to {path}")
 
 
-def main_cuda(path: Path) -> None:
-    """Write the file after each case, so that a run that is cut off leaves its figures."""
-    rows: list[dict[str, Any]] = []
-    figures = {"provenance": measuring.provenance("cuda"), "rows": rows}
-    for case in gpu_cases():
-        rows.append(measure_on_gpu(*case))
-        path.write_text(json.dumps(figures, indent=2) + "\n")
-        print(".", end="", flush=True)
-    print()
-    print_gpu_table(rows)
-    print(f"written to {path}")
-    if any("error" in row and row["form"] == "impl=fused" for row in rows):
-        sys.exit("the fused loss failed: see the table")
+def on_cuda(path: Path, alone: bool) -> None:
+    side_by_side.to_file("impl=fused", path, gpu_cases(), measure_on_gpu, print_gpu_table, alone)
+
+
+def main() -> None:
+    side_by_side.main("nt_xent", on_cpu, on_cuda)
 
 
 @pytest.mark.benchmark(timer=time.thread_time, min_rounds=3, max_time=1, warmup=False)
@@ -318,7 +280,7 @@ def main_cuda(path: Path) -> None:
 @pytest.mark.parametrize("rows", ROWS)
 def test_forward_backward(benchmark: Any, rows: int, name: str) -> None:
     embeddings = make_embeddings(rows)
-    assert_parity(step(FORMS[name], *embeddings), reference(*embeddings))
+    assert_parity(step(FORMS[name], *embeddings), reference(*embeddings), TOLERANCE)
     benchmark.group = f"NT-Xent {rows} x {DIMENSIONS}"
     benchmark.extra_info["peak_mib"] = measuring.peak_mebibytes(lambda: step(FORMS[name], *embeddings), "cpu")
     benchmark(step, FORMS[name], *embeddings)

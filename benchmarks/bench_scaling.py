@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import measuring
+import provenance
 import torch
 import torch.distributed as dist
 from scaling_model import Network, Step, Traffic, contrast_flops, predict
@@ -97,7 +97,7 @@ def link_seconds(device: torch.device) -> dict[str, dict[int, float]]:
         part = torch.zeros(len(whole) // ranks, device=device)
         works: dict[str, Callable[[], object]] = {
             "all_reduce": lambda whole=whole: dist.all_reduce(whole),
-            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
+            "all_gather": lambda whole=whole, part=part: distributed._all_gather(whole, part),
         }
         for name, work in works.items():
             found[name][whole.numel() * 4] = usual_seconds(work, device, 30)
@@ -323,7 +323,7 @@ def main() -> None:
     print_measured(worlds)
     print_predicted(checks, gpus)
     figures = {
-        "provenance": {**measuring.provenance(device), "cores": cores, "load": os.getloadavg(), "rounds": len(rounds)},
+        "provenance": {**provenance.of(device), "cores": cores, "load": os.getloadavg(), "rounds": len(rounds)},
         "images": {"weak, of a rank": WEAK, "strong, of all": STRONG},
         "measured": worlds,
         "fitted": {ranks: network_of(found, ranks) for ranks, found in worlds.items() if ranks > 1},

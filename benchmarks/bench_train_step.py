@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import measuring
+import provenance
 import torch
 from bench_iic import published_loop
 from PIL import Image
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "train_step_cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"provenance": measuring.provenance("cpu"), "load_before": os.getloadavg(), "cases": {}}
+    results: dict[str, Any] = {"provenance": provenance.of("cpu"), "load_before": os.getloadavg(), "cases": {}}
     for name, arguments in CASES.items():
         results["cases"][name] = row = measure(arguments, options.seconds)
         print(f"{name}: {row['ratio']:.2f}x")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ from iic_dist.config.console import errors_in_one_line, log_to_console, run_opti
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.prediction import clusterer, gallery, outputs
-from iic_dist.prediction.folder import FolderPrediction, predict_folder
+from iic_dist.prediction.folder import FolderPrediction, predict_folder, predict_rows
+from iic_dist.prediction.names import folder_names, read_names
 
 _NAMED = 10  # unreadable files that are printed
 
@@ -27,7 +29,13 @@ def _options() -> argparse.Namespace:
         "--output, --link-to, --embeddings and --gallery.",
     )
     run_option(parser)
-    parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="the image folder, in any nesting")
+    parser.add_argument(
+        "--images",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="the image folder, in any nesting; for a run on features a file FILE.npy of others",
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -39,7 +47,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--embeddings", type=Path, metavar="FILE.npy", help="features of the network, a row for each image of the table"
     )
-    parser.add_argument("--gallery", type=Path, metavar="FILE.html", help="one page that shows every cluster")
+    parser.add_argument(
+        "--gallery", type=Path, metavar="FILE.html", help="one page that shows every cluster, where they can be named"
+    )
+    parser.add_argument(
+        "--names",
+        type=Path,
+        metavar="NAMES.csv",
+        help="names of clusters, as the gallery saves them: a column of the table, folders of --link-to, the gallery's "
+        "headings; clusters of one name become one",
+    )
     parser.add_argument(
         "--device",
         default="auto",
@@ -56,6 +73,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("nothing to do: ask for --output, --link-to, --embeddings or --gallery")
     if options.copy and not options.link_to:
         raise UsageError("--copy: copies for --link-to, which is not asked for")
+    if options.names and not any((options.output, options.link_to, options.gallery)):
+        raise UsageError(f"--names {options.names}: names for --output, --link-to or --gallery; none is asked for")
     if options.output:
         outputs.check_table(options.output)
     if options.link_to:
@@ -70,6 +89,12 @@ def _check(options: argparse.Namespace) -> None:
             outputs.check_parent(option, path)
 
 
+def _refuse_pictures(options: argparse.Namespace) -> None:
+    for option, asked in (("--gallery", options.gallery), ("--link-to", options.link_to)):
+        if asked:
+            raise UsageError(f"{option} {asked}: this run is on features, and there are no images to show or link")
+
+
 def predict(options: argparse.Namespace, place: Place) -> None:
     """Cluster a folder and write what is asked for.
 
@@ -80,41 +105,55 @@ def predict(options: argparse.Namespace, place: Place) -> None:
     """
     _check(options)
     run = clusterer.load(options.run, options.device)
+    names = read_names(options.names, run.num_clusters) if options.names else None
     distributed.use_threads(run.config.run.threads, place)
     distributed.start(place, run.device, run.config.run.timeout_minutes)
-    found = predict_folder(run, options.images, progress=place.is_main and not options.no_progress)
+    if run.takes_features:
+        _refuse_pictures(options)
+        found = predict_rows(run, options.images)
+    else:
+        found = predict_folder(run, options.images, progress=place.is_main and not options.no_progress)
     if not place.is_main:
         return
     agreement = found.prediction.agreement()
-    for line in _summary(found, agreement, run.num_clusters):
+    for line in _summary(found, agreement, run.num_clusters, names):
         print(line, flush=True)
-    _write(options, found, agreement, run.num_clusters)
+    _write(options, found, agreement, run.num_clusters, names)
 
 
-def _write(options: argparse.Namespace, found: FolderPrediction, agreement: Tensor, num_clusters: int) -> None:
+def _write(
+    options: argparse.Namespace,
+    found: FolderPrediction,
+    agreement: Tensor,
+    num_clusters: int,
+    names: Mapping[int, str] | None,
+) -> None:
     prediction = found.prediction
-    table = list(outputs.rows(found.paths, prediction.clusters, prediction.confidence, agreement))
+    table = list(outputs.rows(found.paths, prediction.clusters, prediction.confidence, agreement, names))
     written: list[Path] = []
     if options.output:
         outputs.write_table(options.output, table)
         written.append(options.output)
     if options.output and found.unreadable:
-        names = options.output.with_name(options.output.name + ".unreadable.txt")
-        names.write_text("".join(f"{path}\t{reason}\n" for path, reason in found.unreadable), encoding="utf-8")
-        written.append(names)
+        unreadable = options.output.with_name(options.output.name + ".unreadable.txt")
+        unreadable.write_text("".join(f"{path}\t{reason}\n" for path, reason in found.unreadable), encoding="utf-8")
+        written.append(unreadable)
     if options.embeddings:
         outputs.write_embeddings(options.embeddings, prediction.embeddings)
         written.append(options.embeddings)
     if options.link_to:
-        outputs.link_images(options.link_to, options.images, table, num_clusters, options.copy)
+        folders = folder_names(names or {}, num_clusters)
+        outputs.link_images(options.link_to, options.images, table, folders, options.copy)
         written.append(options.link_to)
     if options.gallery:
-        gallery.write(options.gallery, found, agreement, num_clusters)
+        gallery.write(options.gallery, found, agreement, num_clusters, names)
         written.append(options.gallery)
     print(f"written: {', '.join(map(str, written))}", flush=True)
 
 
-def _summary(found: FolderPrediction, agreement: Tensor, num_clusters: int) -> Iterable[str]:
+def _summary(
+    found: FolderPrediction, agreement: Tensor, num_clusters: int, names: Mapping[int, str] | None
+) -> Iterable[str]:
     """Say in some lines how many images went where, and what could not be read."""
     clusters, confidence = found.prediction.clusters, found.prediction.confidence
     used = int(clusters.unique().numel())
@@ -124,6 +163,11 @@ def _summary(found: FolderPrediction, agreement: Tensor, num_clusters: int) -> I
     )
     sizes = torch.bincount(clusters, minlength=num_clusters).tolist()
     yield f"images of each cluster: {', '.join(f'{number}: {size}' for number, size in enumerate(sizes))}"
+    if names:
+        of_name = Counter[str]()
+        for number, name in names.items():
+            of_name[name] += sizes[number]
+        yield f"images of each name: {', '.join(f'{name}: {size}' for name, size in of_name.items())}"
     if found.unreadable:
         yield f"{len(found.unreadable)} files could not be read:"
     for path, reason in found.unreadable[:_NAMED]:

@@ -131,9 +131,7 @@ def choose(
     if missing is not None:
         say(f"  (pretrained features would sort photographs better, but {missing}. Training from scratch instead)")
     elif backbone is None:
-        say(
-            "  (objects without a fixed orientation: --views.rotation 180 --views.flip 0.5; more recipes in the README)"
-        )
+        say("  (objects at any angle: --views.rotation 180 --views.flip 0.5; more recipes in docs/own-images.md)")
     return {name: choice.value for name, choice in choices.items()}
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,19 +21,38 @@ from iic_dist.data.listing import SUFFIXES, Listing, Unreadable, list_or_recall,
 from iic_dist.errors import UsageError
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a folder is read: with what means, and which of its files are left out.
+
+    Attributes:
+        max_pixels: A file whose header says more is not decoded (a 236 kB PNG can decode to 1.3 GB).
+        cache: Folder where the decoded images are kept for other runs and processes; they are decoded again when a
+            file comes, goes or changes its size or time of change. None: a temporary file, for this process.
+        workers: Processes that decode. 0: this one does. None: one a core, at most 16.
+        relist: Look for files that came, went or changed. False: trust the listing that `cache` keeps, if it does.
+        verify: Compare the checksums of decoded images that are there; one process of a machine is enough.
+        progress: Show a progress bar; off for all ranks but one.
+        follow_links: Also read symbolic links that lead out of the folder.
+        resampling: How the images are resized.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    cache: Path | None = None
+    workers: int | None = 0
+    relist: bool = True
+    verify: bool = True
+    progress: bool = True
+    follow_links: bool = False
+    resampling: Resampling = "bilinear"
+
+
 def load_folder(
     folder: Path,
+    reading: Reading | None = None,
     *,
     image_size: int = 96,
     labels: bool = False,
-    follow_links: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    resampling: Resampling = "bilinear",
-    cache: Path | None = None,
-    workers: int | None = 0,
-    relist: bool = True,
-    verify: bool = True,
-    progress: bool = True,
     unreadable: Unreadable | None = None,
 ) -> ImageSet:
     """Load every image under `folder`, in any nesting, in the order of the relative paths.
@@ -43,17 +63,9 @@ def load_folder(
 
     Args:
         folder: Where to look; ~ is expanded.
+        reading: How; None for the defaults.
         image_size: S, side of the loaded images in pixels.
         labels: Take the top-level sub-folders as classes; an image in none of them gets the label -1.
-        follow_links: Also read symbolic links that lead out of the folder.
-        max_pixels: A file whose header says more is not decoded (a 236 kB PNG can decode to 1.3 GB).
-        resampling: How the images are resized.
-        cache: Folder where the decoded images are kept for other runs and processes; they are decoded again when a
-            file comes, goes or changes its size or time of change. None: a temporary file, for this process.
-        workers: Processes that decode. 0: this one does. None: one a core, at most 16.
-        relist: Look for files that came, went or changed. False: trust the listing that `cache` keeps, if it does.
-        verify: Compare the checksums of decoded images that are there; one process of a machine is enough.
-        progress: Show a progress bar; off for all ranks but one.
         unreadable: Gets (relative path, reason) for each file that was skipped, in order of the paths.
             Without it one warning tells their number.
 
@@ -61,22 +73,33 @@ def load_folder(
         UsageError: no such folder, no image file in it, none that can be read, labels without sub-folders, no room
             for the decoded images, or a decoding process that ended.
     """
+    reading = reading or Reading()
     root = folder.expanduser()
-    kept = None if cache is None else kept_under(cache, root)
-    listing = find_images(folder, follow_links, kept, relist)
+    kept = None if reading.cache is None else kept_under(reading.cache, root)
+    listing = find_images(folder, reading.follow_links, kept, reading.relist)
     if labels:
         class_names_of(listing.paths, folder)  # an error now rather than after the decoding
 
-    other = [] if resampling == "bilinear" else [resampling]  # what was kept before there was a choice stays good
-    source = json.dumps([listing.digest, image_size, max_pixels, DECODER, *other])
+    other = [] if reading.resampling == "bilinear" else [reading.resampling]  # what was kept before stays good
+    source = json.dumps([listing.digest, image_size, reading.max_pixels, DECODER, *other])
 
     def decode_into(file: BinaryIO) -> None:
         _check_room(file, len(listing.paths), image_size)
-        with decoded_files(root, listing.paths, image_size, max_pixels, workers, progress, resampling) as chunks:
+        with decoded_files(
+            root,
+            listing.paths,
+            image_size,
+            reading.max_pixels,
+            reading.workers,
+            reading.progress,
+            reading.resampling,
+        ) as chunks:
             decoded_cache.write(file, source, image_size, chunks)
 
     path = None if kept is None else Path("-".join((kept, f"{image_size}px", *other)) + ".images")
-    images, contents = decoded_cache.read_or_build(path, source, decode_into, verify=verify, progress=progress)
+    images, contents = decoded_cache.read_or_build(
+        path, source, decode_into, verify=reading.verify, progress=reading.progress
+    )
     problems = passed_over(folder, contents.paths, listing.refused + contents.malformed)
     if unreadable is not None:
         unreadable.extend(problems)

@@ -100,9 +100,9 @@ def all_features(
     finally:
         model.train(was_training)
     sizes = [sum(map(len, batches[start:stop])) for start, stop in itertools.pairwise(bounds)]
-    own = torch.cat(found) if found else torch.empty(0, model.backbone.num_features, dtype=dtype)
-    device = next(model.parameters()).device
-    return distributed.gather_rows(own.to(device), sizes).cpu()
+    if not found:  # fewer batches than ranks
+        found = [torch.empty(0, model.num_features, dtype=dtype)]
+    return distributed.gather_rows(torch.cat(found).to(next(model.parameters()).device), sizes).cpu()
 
 
 @torch.no_grad()

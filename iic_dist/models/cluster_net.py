@@ -36,6 +36,13 @@ class ClusterNet(nn.Module):
         """(H, K) of each head with clusters, by its name."""
         return {name: head.shape for name, head in self.heads.items() if isinstance(head, SubHeads)}
 
+    @property
+    def num_features(self) -> int:
+        """F of the backbone."""
+        features = self.backbone.num_features
+        assert isinstance(features, int)
+        return features
+
     def train(self, mode: bool = True) -> ClusterNet:
         """Switch to training mode, but for a frozen backbone."""
         super().train(mode)

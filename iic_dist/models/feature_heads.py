@@ -16,25 +16,27 @@ SCALE = 5.0
 
 
 class FeatureSpace(nn.Module):
-    """Maps features to vectors of one length: z = 5 n((f - mean) P), with n(x) = x / |x|.
+    """Maps features to vectors of one length: z = 5 n(n(f - mean) P - shift), with n(x) = x / |x|.
 
     Args:
         mean: (F,), of the features that the space was made from.
         projection: (F, D).
+        shift: (D,), the mean of what is projected.
     """
 
-    def __init__(self, mean: Tensor, projection: Tensor) -> None:
+    def __init__(self, mean: Tensor, projection: Tensor, shift: Tensor) -> None:
         super().__init__()
-        assert projection.shape[0] == mean.shape[0], f"{projection.shape}, {mean.shape}"
+        assert projection.shape == (len(mean), len(shift)), f"{mean.shape}, {projection.shape}, {shift.shape}"
         # No buffers: those are averaged over the ranks in every step, as running statistics are.
         self.mean = nn.Parameter(mean, requires_grad=False)
         self.projection = nn.Parameter(projection, requires_grad=False)
+        self.shift = nn.Parameter(shift, requires_grad=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the vectors (B, D) of `features` (B, F), in the dtype of the space."""
         with torch.autocast(features.device.type, enabled=False):
-            centred = features.to(self.mean.dtype) - self.mean
-            return functional.normalize(centred @ self.projection) * SCALE
+            directions = functional.normalize(features.to(self.mean.dtype) - self.mean)
+            return functional.normalize(directions @ self.projection - self.shift) * SCALE
 
 
 class FeatureSubHeads(SubHeads):
@@ -100,7 +102,8 @@ def heads_of_state(state: Mapping[str, Tensor], clustering_heads: Mapping[str, i
     for name, k in clustering_heads.items():
         projection = state.get(f"heads.{name}.space.projection")
         if projection is not None:
-            space = FeatureSpace(torch.zeros_like(state[f"heads.{name}.space.mean"]), torch.zeros_like(projection))
+            mean, shift = (torch.zeros_like(state[f"heads.{name}.space.{part}"]) for part in ("mean", "shift"))
+            space = FeatureSpace(mean, torch.zeros_like(projection), shift)
             heads[name] = FeatureSubHeads(space, len(state[f"heads.{name}.linear.bias"]) // k, k)
     return heads
 

@@ -1,11 +1,14 @@
-"""One page that shows every cluster: its size, its most typical and its most doubtful images."""
+"""One page that shows every cluster, where they can be named: its most typical and most doubtful images."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import os
 import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from iic_dist.data.decode import decode_image, header_size
 from iic_dist.files import write_whole
 from iic_dist.prediction.clusterer import Prediction
 from iic_dist.prediction.folder import FolderPrediction
+from iic_dist.prediction.nearest import surroundings
 
 THUMBNAIL = 96
 """Side of the images on the page, pixels; one of a smaller image has its own size."""
@@ -39,22 +43,27 @@ class Picture:
         source: Its thumbnail as a data URI.
         path: Below the image folder, as text.
         name: The last part of the path.
+        cluster: Its cluster.
         confidence: Of its cluster.
         small: Whether it is to be enlarged pixel by pixel.
+        place: Its number on the page, by which the nearest images are given.
     """
 
     source: str
     path: str
     name: str
+    cluster: int
     confidence: float
     small: bool
+    place: int
 
 
 @dataclass(frozen=True)
 class Card:
-    """A cluster on the page; confidence and agreement are means over its images."""
+    """A cluster on the page, of no name or one; confidence and agreement are means over its images."""
 
     cluster: int
+    name: str
     size: int
     confidence: float
     agreement: float
@@ -62,7 +71,9 @@ class Card:
     doubtful: list[Picture]
 
 
-def write(path: Path, found: FolderPrediction, agreement: Tensor, num_clusters: int) -> None:
+def write(
+    path: Path, found: FolderPrediction, agreement: Tensor, num_clusters: int, names: Mapping[int, str] | None = None
+) -> None:
     """Write the page of a prediction, whole or not at all.
 
     It holds all that it shows and asks for nothing from elsewhere. Its size is bounded by `MAX_THUMBNAILS`.
@@ -72,32 +83,30 @@ def write(path: Path, found: FolderPrediction, agreement: Tensor, num_clusters: 
         found: The images and their clusters.
         agreement: (M,) of the sub-heads on each image.
         num_clusters: K.
+        names: Of the clusters that have one already.
     """
-    write_whole(path, page(found, agreement, num_clusters).encode())
+    write_whole(path, page(found, agreement, num_clusters, names or {}).encode())
 
 
-def page(found: FolderPrediction, agreement: Tensor, num_clusters: int) -> str:
+def page(found: FolderPrediction, agreement: Tensor, num_clusters: int, names: Mapping[int, str]) -> str:
     """Return the page as HTML; see `write`."""
     prediction = found.prediction
     order = by_likeness(prediction)
     each = max(1, min(_MOST, MAX_THUMBNAILS // (2 * len(order))))
+    members = {cluster: torch.nonzero(prediction.clusters == cluster).flatten() for cluster in order}
+    chosen = {cluster: shown(prediction, members[cluster], each) for cluster in order}
+    on_page = [image for kinds in chosen.values() for kind in kinds for image in kind]
+    around = surroundings(prediction.embeddings, on_page, MAX_THUMBNAILS - len(on_page))
+    pictures = _pictures(found, on_page + around.further)
+    of_image = dict(zip(on_page + around.further, pictures, strict=True))
     cards = []
     for cluster in order:
-        members = torch.nonzero(prediction.clusters == cluster).flatten()
-        typical, doubtful = shown(prediction, members, each)
+        typical, doubtful = ([of_image[image] for image in kind] for kind in chosen[cluster])
+        confidence, agreed = (float(of[members[cluster]].mean()) for of in (prediction.confidence, agreement))
         cards.append(
-            Card(
-                cluster,
-                len(members),
-                float(prediction.confidence[members].mean()),
-                float(agreement[members].mean()),
-                [_picture(found, i) for i in typical],
-                [_picture(found, i) for i in doubtful],
-            )
+            Card(cluster, names.get(cluster, ""), len(members[cluster]), confidence, agreed, typical, doubtful)
         )
-    loader = jinja2.PackageLoader("iic_dist.prediction")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("gallery.html").render(
+    return _render(
         folder=_text(str(found.root)),
         num_images=len(found.paths),
         num_clusters=num_clusters,
@@ -107,7 +116,30 @@ def page(found: FolderPrediction, agreement: Tensor, num_clusters: int) -> str:
         empty=sorted(set(range(num_clusters)) - set(order)),
         largest=max(card.size for card in cards),
         cards=cards,
+        about={"clusters": num_clusters, "names": dict(names), "key": _fingerprint(found, names)},
+        nearest=[[(of_image[image].place, cosine) for image, cosine in row] for row in around.nearest],
+        exact=around.exact,
+        further=[(p.source, p.path, p.cluster, p.confidence, int(p.small)) for p in pictures[len(on_page) :]],
     )
+
+
+def _render(**values: object) -> str:
+    """Fill the template, with the style and the script that stand beside it.
+
+    The page allows this one script by its digest and no other, so that nothing that a name smuggles in could run.
+    """
+    loader = jinja2.PackageLoader("iic_dist.prediction")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    style, script = (loader.get_source(environment, name)[0] for name in ("gallery.css", "gallery.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("gallery.html").render(style=style, script=script, digest=digest, **values)
+
+
+def _fingerprint(found: FolderPrediction, names: Mapping[int, str]) -> str:
+    """Name the page, so that a browser that keeps typed names gives them to no other page."""
+    digest = hashlib.sha256(repr((found.paths, sorted(names.items()))).encode("utf-8", "surrogateescape"))
+    digest.update(found.prediction.clusters.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def by_likeness(prediction: Prediction) -> list[int]:
@@ -158,11 +190,18 @@ def thumbnail(path: Path) -> tuple[str, int]:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", side
 
 
-def _picture(found: FolderPrediction, index: int) -> Picture:
-    path = found.paths[index]
-    source, side = thumbnail(found.root / path)
-    confidence = float(found.prediction.confidence[index])
-    return Picture(source, _text(path), _text(path.rsplit("/", 1)[-1]), confidence, side < _SMALL)
+def _pictures(found: FolderPrediction, images: Sequence[int]) -> list[Picture]:
+    with (
+        warnings.catch_warnings(),  # puts back what the threads, which turn warnings off and on, leave behind
+        ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool,
+    ):
+        thumbnails = list(pool.map(thumbnail, (found.root / found.paths[image] for image in images)))
+    pictures = []
+    for place, (image, (source, side)) in enumerate(zip(images, thumbnails, strict=True)):
+        path = _text(found.paths[image])
+        cluster, confidence = int(found.prediction.clusters[image]), float(found.prediction.confidence[image])
+        pictures.append(Picture(source, path, path.rsplit("/", 1)[-1], cluster, confidence, side < _SMALL, place))
+    return pictures
 
 
 def _text(path: str) -> str:

@@ -7,8 +7,8 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +35,25 @@ class Row:
     agreement: float
 
 
-def rows(paths: Iterable[str], clusters: Tensor, confidence: Tensor, agreement: Tensor) -> Iterator[Row]:
-    """Yield the table's rows; the floats with six digits."""
+@dataclass(frozen=True)
+class NamedRow(Row):
+    """One image of the table, with the name of its cluster, if that has one."""
+
+    name: str | None
+
+
+def rows(
+    paths: Iterable[str],
+    clusters: Tensor,
+    confidence: Tensor,
+    agreement: Tensor,
+    names: Mapping[int, str] | None = None,
+) -> Iterator[Row]:
+    """Yield the table's rows, with the names of their clusters where there are names; the floats with six digits."""
     columns = (clusters.tolist(), confidence.tolist(), agreement.tolist())
     for path, cluster, sure, agreed in zip(paths, *columns, strict=True):
-        yield Row(path, cluster, round(sure, 6), round(agreed, 6))
+        values = path, cluster, round(sure, 6), round(agreed, 6)
+        yield Row(*values) if names is None else NamedRow(*values, names.get(cluster))
 
 
 def check_table(path: Path) -> None:
@@ -67,49 +81,54 @@ def check_link_folder(target: Path, images: Path) -> None:
         raise UsageError(f"--link-to {target}: lies in the image folder {images}, where it would count as images")
 
 
-def write_table(path: Path, table: Iterable[Row]) -> None:
+def write_table(path: Path, table: Sequence[Row]) -> None:
     """Write the rows to a file, whole or not at all; its ending says how.
 
     .csv: UTF-8 with a header, quoted where it must be. .jsonl: an object a line. .parquet: zstd-compressed columns.
     A path that is not UTF-8 keeps its bytes in .csv (read it with errors="surrogateescape") and .jsonl; Parquet has
-    no such strings, there it gets \\xNN in their place.
+    no such strings, there it gets \\xNN in their place. No name is an empty one in .csv, null in the others.
+
+    Args:
+        path: The file.
+        table: At least one row, all of one kind.
     """
     part = temporary_of(path)
     _WRITERS[path.suffix](part, table)
     part.replace(path)
 
 
-def _write_csv(path: Path, table: Iterable[Row]) -> None:
+def _columns(table: Sequence[Row]) -> list[str]:
+    return [field.name for field in fields(table[0])]
+
+
+def _write_csv(path: Path, table: Sequence[Row]) -> None:
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         plain = csv.writer(file, lineterminator="\n")
         quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        plain.writerow(Row.__annotations__)
+        plain.writerow(_columns(table))
         for row in table:
             writer = quoted if "\r" in row.path else plain  # before Python 3.13 a lone \r got no quotes
-            writer.writerow((row.path, row.cluster, f"{row.confidence:.6f}", f"{row.agreement:.6f}"))
+            name = (row.name or "",) if isinstance(row, NamedRow) else ()
+            writer.writerow((row.path, row.cluster, f"{row.confidence:.6f}", f"{row.agreement:.6f}", *name))
 
 
-def _write_jsonl(path: Path, table: Iterable[Row]) -> None:
+def _write_jsonl(path: Path, table: Sequence[Row]) -> None:
     with path.open("w", encoding="ascii") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in table)
 
 
-def _write_parquet(path: Path, table: Iterable[Row]) -> None:
+def _write_parquet(path: Path, table: Sequence[Row]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    columns: dict[str, list[object]] = {name: [] for name in Row.__annotations__}
-    for row in table:
-        columns["path"].append(os.fsencode(row.path).decode("utf-8", "backslashreplace"))
-        columns["cluster"].append(row.cluster)
-        columns["confidence"].append(row.confidence)
-        columns["agreement"].append(row.agreement)
-    types = (pyarrow.string(), pyarrow.int32(), pyarrow.float32(), pyarrow.float32())
-    schema = pyarrow.schema(list(zip(columns, types, strict=True)))
+    columns = {name: [getattr(row, name) for row in table] for name in _columns(table)}
+    columns["path"] = [os.fsencode(path).decode("utf-8", "backslashreplace") for path in columns["path"]]
+    types = (pyarrow.string(), pyarrow.int32(), pyarrow.float32(), pyarrow.float32(), pyarrow.string())
+    schema = pyarrow.schema(list(zip(columns, types, strict=False)))  # without names the last type is left over
     pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), path, compression="zstd")
 
 
-_WRITERS: dict[str, Callable[[Path, Iterable[Row]], None]] = {
+_WRITERS: dict[str, Callable[[Path, Sequence[Row]], None]] = {
     ".csv": _write_csv,
     ".jsonl": _write_jsonl,
     ".parquet": _write_parquet,
@@ -124,23 +143,21 @@ def write_embeddings(path: Path, embeddings: Tensor) -> None:
     part.replace(path)
 
 
-def link_images(target: Path, root: Path, table: Iterable[Row], num_clusters: int, copy: bool) -> None:
+def link_images(target: Path, root: Path, table: Iterable[Row], folders: Sequence[str], copy: bool) -> None:
     """Make a folder for each cluster, which holds links to its images, or copies, under their paths below `root`.
 
     Args:
-        target: New or empty; its sub-folders are cluster-0 to cluster-(K - 1), with zeros in front.
+        target: New or empty.
         root: The image folder; the links name it from the root of the file system.
         table: The images.
-        num_clusters: K.
+        folders: What the folder of each cluster is called: `names.folder_names`; clusters may share one.
         copy: Copy the files, with their times.
     """
-    digits = len(str(num_clusters - 1))
-    names = [f"cluster-{number:0{digits}}" for number in range(num_clusters)]
-    for name in names:
-        (target / name).mkdir(parents=True)
+    for folder in folders:
+        (target / folder).mkdir(parents=True, exist_ok=True)
     for row in table:
         # The whole path below the root, so that no two images fall together.
-        place, source = target / names[row.cluster] / row.path, root.absolute() / row.path
+        place, source = target / folders[row.cluster] / row.path, root.absolute() / row.path
         place.parent.mkdir(parents=True, exist_ok=True)
         if copy:
             shutil.copy2(source, place)

@@ -143,7 +143,7 @@ class NeighbourTraining:
         return slice_[len(slice_) * rank // world_size : len(slice_) * (rank + 1) // world_size]
 
     def _gather(self, indices: Tensor) -> Tensor:
-        if self.vectors.device == self.device and self.device.type != "cpu":
+        if self.vectors.is_cuda:
             return self.vectors[indices.pin_memory().to(self.device, non_blocking=True)]
         return self.vectors[indices].to(self.device)
 

@@ -15,6 +15,7 @@ from iic_dist.config.console import say
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.files import write_whole
+from iic_dist.training.feature_trainer import FeatureTrainer
 from iic_dist.training.resume import PREEMPTED
 from iic_dist.training.trainer import Trainer
 
@@ -69,7 +70,7 @@ MAY_CHANGE = {
 }
 
 
-def open_folder(config: Config, trainer: Trainer, place: Place) -> Path:
+def open_folder(config: Config, trainer: Trainer | FeatureTrainer, place: Place) -> Path:
     """Choose the folder of the run, go on from what it holds, and write what was asked; rank 0 looks and decides.
 
     Raises:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from iic_dist.config import Config
+from iic_dist.config.settings import OptimConfig
 from iic_dist.distributed import Place
 from iic_dist.training.optim import learning_rate
 from iic_dist.training.schedule import Pass, Schedule, build_schedule
@@ -99,7 +100,7 @@ def refine(config: Config, place: Place, num_images: int, first_step: int) -> Co
         own.model.projection_dim = 0
     own.loss.contrastive, own.loss.clustering = config.refine.contrastive, 1.0
     own.loss.entropy_weight = config.neighbours.entropy_weight
-    own.optim.lr, own.optim.contrastive_lr, own.optim.schedule = config.refine.lr, None, "cosine"
+    own.optim = OptimConfig(name="adamw", lr=config.refine.lr, schedule="cosine", weight_decay=1e-4)
     own.optim.warmup_epochs = min(1.0, config.refine.epochs / 4)
     own.views.repeats = 1
     schedule = build_schedule(own, place, num_images, num_images)

@@ -32,7 +32,7 @@ def test_the_whole_stays_under_nine_minutes(tmp_path: Path) -> None:
 
 def test_the_gpu_tests_of_every_op_are_run(tmp_path: Path) -> None:
     [tests] = [step for step in gpu.steps(tmp_path, "9.0") if step.name == "tests"]
-    assert {"test_iic_cuda.py", "test_nt_xent_cuda.py", "test_views_cuda.py"} <= {
+    assert {"test_iic_cuda.py", "test_nt_xent_cuda.py", "test_augment_cuda.py"} <= {
         Path(word).name for word in tests.command
     }
 

@@ -17,10 +17,7 @@ from ranks import Ranks
 from small_runs import ODD_NAMES, write_odd_names
 
 from iic_dist import load, predict
-from iic_dist.errors import UsageError
-from iic_dist.prediction import outputs
 from iic_dist.prediction.folder import predict_folder
-from iic_dist.prediction.outputs import Row
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -60,6 +57,7 @@ def test_the_table_is_what_python_says(
     assert f"written: {tmp_path / 'c.csv'}, {tmp_path / 'e.npy'}" in said
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_four_ranks_say_the_same_bit_for_bit(ranks: Ranks, gray_run: Path, gray_images: Path, tmp_path: Path) -> None:
     """90 images in batches of 16: six batches on four ranks. 18 of them cannot be read."""
     images = tmp_path / "images"
@@ -67,10 +65,7 @@ def test_four_ranks_say_the_same_bit_for_bit(ranks: Ranks, gray_run: Path, gray_
         copy = images / path.relative_to(gray_images)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(b"damaged" if number % 5 == 2 else path.read_bytes())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     alone = predict_folder(load(gray_run, "cpu"), images)
-    torch.set_num_threads(threads)
     assert (len(alone.paths), len(alone.unreadable)) == (72, 18)
     for shared in ranks.run(4, rank_tasks.predicted, gray_run, images):
         assert (shared.paths, shared.unreadable) == (alone.paths, alone.unreadable)
@@ -89,9 +84,10 @@ def test_more_ranks_than_batches(ranks: Ranks, gray_run: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_the_command_writes_the_same_bytes_under_torchrun(gray_run: Path, gray_images: Path, tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    (tmp_path / "names.csv").write_text("cluster,name\n0,a\n2,a\n")
     for name, launcher, option in (("one", [], "--run"), ("two", torchrun, "--folder")):
         (tmp_path / name).mkdir()
-        files = ["--output", "c.csv", "--embeddings", "e.npy", "--gallery", "g.html"]
+        files = ["--output", "c.csv", "--embeddings", "e.npy", "--gallery", "g.html", "--names", "../names.csv"]
         command = ["-m", "iic_dist.predict", option, str(gray_run), "--images", str(gray_images), *files]
         subprocess.run(
             [sys.executable, *launcher, *command],
@@ -117,19 +113,6 @@ def test_odd_names_come_through(gray_run: Path, tmp_path: Path, monkeypatch: pyt
     assert [each["confidence"] for each in objects] == [float(row["confidence"]) for row in rows]
 
 
-def test_parquet(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    rows = [Row("a/b.png", 3, 0.25, 1.0), Row(os.fsdecode(b"latin-\xe9.png"), 0, 0.5, 0.0)]
-    outputs.write_table(tmp_path / "c.parquet", rows)
-    read = parquet.read_table(tmp_path / "c.parquet").to_pydict()
-    assert read == {
-        "path": ["a/b.png", "latin-\\xe9.png"],
-        "cluster": [3, 0],
-        "confidence": [0.25, 0.5],
-        "agreement": [1.0, 0.0],
-    }
-
-
 @pytest.mark.parametrize("copy", [False, True])
 def test_a_folder_for_each_cluster(gray_run: Path, tmp_path: Path, copy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     images = tmp_path / "images"
@@ -147,6 +130,30 @@ def test_a_folder_for_each_cluster(gray_run: Path, tmp_path: Path, copy: bool, m
     assert sum(path.is_file() for path in target.rglob("*")) == 2 * len(ODD_NAMES)
     with pytest.raises(SystemExit):
         call(monkeypatch, *arguments)  # it is there now
+
+
+def test_named_clusters(
+    gray_run: Path, gray_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Clusters 0 and 2 have one name and become one; cluster 1 has none. The rest of the table stays as it is."""
+    names = tmp_path / "names.csv"
+    names.write_bytes('cluster,name\r\n2,"zebra/""ü"""\r\n0,"zebra/""ü"""\r\n'.encode())
+    common = ["--run", gray_run, "--images", gray_images]
+    for ending in ("csv", "jsonl"):
+        call(monkeypatch, *common, "--output", tmp_path / f"c.{ending}", "--names", names)
+    said = capsys.readouterr().out
+    call(monkeypatch, *common, "--output", tmp_path / "plain.csv")
+    rows, unnamed = table(tmp_path / "c.csv"), table(tmp_path / "plain.csv")
+    wanted = {"0": 'zebra/"ü"', "1": "", "2": 'zebra/"ü"'}
+    assert rows == [{**row, "name": wanted[row["cluster"]]} for row in unnamed]
+    objects = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text("ascii").splitlines()]
+    assert [each["name"] for each in objects] == [row["name"] or None for row in rows]
+    assert f'images of each name: zebra/"ü": {sum(row["cluster"] != "1" for row in rows)}\n' in said
+    call(monkeypatch, *common, "--link-to", tmp_path / "sorted", "--names", names)
+    assert sorted(path.name for path in (tmp_path / "sorted").iterdir()) == ["cluster-1", "zebra__ü_"]
+    for row in rows:
+        folder = "cluster-1" if row["cluster"] == "1" else "zebra__ü_"
+        assert (tmp_path / "sorted" / folder / row["path"]).read_bytes() == (gray_images / row["path"]).read_bytes()
 
 
 def test_unreadable_files_are_listed(
@@ -177,6 +184,17 @@ def test_unreadable_files_are_listed(
         (["--link-to", "full"], "--link-to full: is there already"),
         (["--link-to", "images/clusters"], "--link-to images/clusters: lies in the image folder"),
         (["--copy", "--output", "c.csv"], "--copy: copies for --link-to"),
+        (["--names", "n.csv", "--embeddings", "e.npy"], "--names n.csv: names for --output, --link-to or --gallery"),
+        (["--names", "no.csv", "--output", "c.csv"], "--names no.csv: there is no such file"),
+        (["--names", "images", "--output", "c.csv"], "--names images: is a folder, not a file"),
+        (
+            ["--names", "n.csv", "--output", "c.csv"],
+            "--names n.csv, line 2: no cluster '3'; those of this run are 0 to 2",
+        ),
+        (
+            ["--names", "full/bad.png", "--output", "c.csv"],
+            "no column cluster and no column name in its first line, 'bad'",
+        ),
         (["--output", "c.csv", "--run", "nowhere"], "nowhere: not a run"),
         (["--output", "c.csv", "--images", "missing"], "'missing' does not exist"),
         (["--output", "c.csv", "--images", "full"], "none of the 1 image files in 'full' can be read; the first"),
@@ -195,6 +213,7 @@ def test_a_mistake_is_one_line(
     (tmp_path / "images").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "bad.png").write_bytes(b"bad")
+    (tmp_path / "n.csv").write_text("cluster,name\n3,zebra\n")
     with pytest.raises(SystemExit) as ended:
         call(monkeypatch, "--run", gray_run, "--images", "images", *arguments)
     assert ended.value.code == 2
@@ -202,9 +221,3 @@ def test_a_mistake_is_one_line(
     assert said.startswith("error: ")
     assert says in said
     assert said.count("\n") == 1
-
-
-def test_parquet_without_a_library_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="needs pyarrow"):
-        outputs.check_table(Path("c.parquet"))

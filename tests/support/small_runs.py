@@ -1,4 +1,4 @@
-"""Small folders of images and small runs on them, for the tests of what is done with a trained run."""
+"""Small folders of images, small runs on them and made-up predictions, for the tests of what a trained run is for."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from iic_dist.config import folder
 from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
+from iic_dist.prediction.clusterer import Prediction
 from iic_dist.train import train
 from iic_dist.training.stop import StopSignals
 
@@ -64,3 +66,13 @@ def train_on(images: Path, root: Path, *options: str) -> Path:
     ]
     train(parse(arguments, partial(folder.choose, say=lambda line: None)), Place(), StopSignals())
     return root / "run"
+
+
+def made_up(clusters: torch.Tensor, num_clusters: int, features: int = 5) -> Prediction:
+    """Make a prediction with embeddings around a direction of each cluster."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(num_clusters, features, generator=generator)
+    embeddings = directions[clusters] + 0.3 * torch.randn(len(clusters), features, generator=generator)
+    confidence = torch.rand(len(clusters), generator=generator)
+    probabilities = torch.full((len(clusters), num_clusters), 1 / num_clusters)
+    return Prediction(clusters, confidence, clusters[:, None].repeat(1, 2), probabilities, embeddings, 0)
