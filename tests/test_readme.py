@@ -57,12 +57,12 @@ CANNOT_RUN = {
     "make bench": ("minutes, of a quiet machine", None),
     "python -m iic_dist.train --config photos --data.name folder:photos --model.num_clusters 10": (
         "wants weights that cannot be fetched here",
-        "training/test_features.py",
+        "config/test_frozen.py::test_the_preset_for_photographs_insists",
     ),
     (
         "python -m iic_dist.train --data.name folder:photos --model.num_clusters 10 "
         "--model.backbone timm/tf_efficientnet_lite0 --model.weights tf_efficientnet_lite0.safetensors"
-    ): ("wants a file of weights", "training/test_features.py"),
+    ): ("wants a file of weights", "config/test_frozen.py::test_a_file_of_weights_needs_no_network"),
     "make lint": ("installs; .ci/run runs it", None),
     "make test-all": ("it is what runs this", None),
     "pip install -e . --no-build-isolation": (
@@ -104,6 +104,7 @@ OPTIONS = {
         "--data.name folder:photos --data.batch_size 24 --model.num_clusters 3 --neighbours.steps 5 --refine.epochs 1"
     ),
     "--config fashion-mnist": "--data.name folder:signs --data.batch_size 24 --model.num_clusters 3",
+    "features:features.npy": "--train.epochs 0 --neighbours.steps 20",
     "tensorboard": "--port 0",
 }
 """Options added to the commands that contain the key."""

@@ -61,6 +61,7 @@ def errors_in_one_line(place: Place, *, system_error: int = 1) -> Iterator[None]
 def log_to_console(level: int = logging.INFO) -> None:
     """Print log lines without decoration."""
     logging.basicConfig(level=level, format="%(message)s")
+    logging.getLogger("timm").setLevel(logging.WARNING)  # it tells of its own internals
 
 
 def _fail(place: Place, error: Exception, code: int) -> None:
