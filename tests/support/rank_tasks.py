@@ -17,6 +17,7 @@ from iic_dist.config.build import load_data
 from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.losses import iic_loss, nt_xent_loss, start_nt_xent_loss
+from iic_dist.losses.self_label import self_label_loss
 from iic_dist.models import SubHeads
 from iic_dist.prediction.clusterer import load
 from iic_dist.prediction.folder import FolderPrediction, predict_folder
@@ -51,7 +52,10 @@ def value_and_gradient(
     repeats = second.shape[0]
     outputs = model(torch.cat([first[own], second[:, own].flatten(0, 1)]))
     a, b = outputs[: shards[rank]], outputs[shards[rank] :]
-    if loss != "nt_xent":
+    if loss.startswith("self-labels above "):
+        confidence = float(loss.rpartition(" ")[2])
+        value = self_label_loss(a, b, confidence=confidence, group=group).sum()
+    elif loss != "nt_xent":
         prior = torch.tensor(PRIOR, dtype=torch.float64) if loss == "iic with a prior" else None
         value = iic_loss(a, b, entropy_weight=ENTROPY_WEIGHT, prior=prior, group=group).loss.sum()
     else:
