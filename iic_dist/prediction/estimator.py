@@ -31,7 +31,7 @@ _HEAD = "clustering"
 _ROWS = 8192  # rows that are looked at together
 
 
-class IICClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
+class IICClustering(ClusterMixin, BaseEstimator):
     """Clusters features by linear heads that put each row and its nearest neighbours into one cluster.
 
     What stage *neighbours* of a run does: a projection in which rows are most like their neighbours, the nearest

@@ -62,7 +62,7 @@ CONFIG = "config.yaml"
 # What a run may be gone on with under another value of.
 MAY_CHANGE = {
     *("run.name", "run.root", "run.device", "run.threads", "run.resume", "run.timeout_minutes"),
-    *("data.root", "data.download", "data.evaluate_on", "data.cache", "data.workers", "data.relist"),
+    *("data.root", "data.download", "data.evaluate_on", "data.labels", "data.cache", "data.workers", "data.relist"),
     *("data.device_budget_gib", "model.weights"),  # the digest of the weights must stay
     *("loss.impl", "views.impl", "train.epochs", "train.compile"),
     *("train.evaluate_every", "train.evaluate_batch_size", "train.max_skipped_steps"),
