@@ -11,8 +11,8 @@
 // dtype       of the views: float32, bfloat16 or float16; computed in float32.
 // views       (V*N, C', size, size), C' = 2 with `sobel`, else C; contiguous or channels_last.
 //
-// A view is what iic_dist/augment.py's `apply` makes, in its order: affine, crop and resize, flip, brightness, contrast,
-// saturation, hue, gray, blur, Sobel, normalise. It depends on its image and its parameters alone, bit for bit.
+// A view is what `apply` of iic_dist/views/apply.py makes of parameters that it takes by name, in its order: affine, crop
+// and resize, flip, brightness, contrast, saturation, hue, gray, blur, Sobel, normalise. It depends on its image and its parameters alone, bit for bit.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -3,7 +3,7 @@
 
 namespace iic_dist {
 
-// Columns of `parameters`, as iic_dist/ops/views.py fills them.
+// Columns of `parameters`, as iic_dist/ops/augment.py fills them.
 enum Parameter {
   kAffine = 0,   // a, b, c, d, e, f: x' = a x + b y + c, y' = d x + e y + f in pixels from the centre, result to image
   kBox = 6,      // top, left, height, width in pixels; inside the image, sides at least 1

@@ -21,6 +21,12 @@ Choose = Callable[[Config, frozenset[str]], dict[str, Any]]
 
 PRESETS = Path(__file__).parent / "presets"
 _GROUPS = tuple(group.name for group in dataclasses.fields(Config))
+_LISTS = {
+    f"--{group.name}.{each.name}"
+    for group in dataclasses.fields(Config)
+    for each in dataclasses.fields(getattr(Config(), group.name))
+    if "list[" in str(each.type) or "tuple[" in str(each.type)
+}
 
 
 class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -93,12 +99,23 @@ def _find(name: str) -> str:
     raise UsageError(f"--config {name}: neither a file nor a preset ({', '.join(_presets())})")
 
 
-def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
+def _with_lists(arguments: list[str]) -> list[str]:
+    """Write 5,10,20 as the list that it is, where an option of a list has it; names and folders may have commas."""
+    rewritten, option = [], ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=") if argument.startswith("--") else (option, "", argument)
+        option = name if argument.startswith("--") and not equals else ""
+        if name in _LISTS and re.fullmatch(r"\s*[\w.+-]+(\s*,\s*[\w.+-]+)+\s*", value):
+            argument = f"{name}=[{value}]" if equals else f"[{value}]"
+        rewritten.append(argument)
+    return rewritten
+
+
+def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Take --config out of the options: its value, None where it is not there, and the others."""
     config, rest = None, []
     remaining = iter(arguments)
     for argument in remaining:
-        argument = re.sub(r"(^|=)(\d+(?:,\d+)+)$", r"\1[\2]", argument)  # 5,10,20 is a list as well
         if argument == "--config":
             config = next(remaining, "")
         elif argument.startswith("--config="):
@@ -121,7 +138,7 @@ def parse(arguments: list[str] | None = None, choose: Choose | None = None) -> C
         UsageError: an unknown option, a value of the wrong type, or values that do not fit together.
     """
     parser = _parser()
-    named, options = _split(sys.argv[1:] if arguments is None else arguments)
+    named, options = _take_config(_with_lists(sys.argv[1:] if arguments is None else arguments))
     # --config comes first, so that the options win wherever they stand.
     preset = ["--config", _find("digits" if named is None else named)]
     if choose is not None:

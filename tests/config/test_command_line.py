@@ -83,6 +83,16 @@ def test_several_numbers_of_clusters_have_a_head_each() -> None:
     assert config.clustering_heads == {"clustering": 7}
 
 
+def test_numbers_between_commas_are_a_list_where_an_option_takes_one() -> None:
+    """A name with a comma became a list, and ranges of decimals, or with a space, ended in the parser's own words."""
+    options = ["--model.num_clusters", "5, 10", "--views.crop_area=0.2,1", "--views.crop_sides", "10,12"]
+    config = parse([*options, "--run.name", "1,2", "--data.root=3,4"])
+    assert config.model.num_clusters == [5, 10]
+    assert config.views.crop_area == (0.2, 1.0)
+    assert config.views.crop_sides == [10, 12]
+    assert (config.run.name, config.data.root) == ("1,2", "3,4")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
