@@ -223,6 +223,27 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def broadcast_tensor(tensor: Tensor, source: int) -> Tensor:
+    """Overwrite `tensor`, contiguous and on the CPU, with that of rank `source`, bit for bit, and return it.
+
+    Collective: all ranks must call, with one shape and dtype.
+    """
+    if world_size() > 1:
+        dist.broadcast(tensor.view(torch.uint8), src=source)
+    return tensor
+
+
+def wait_patiently() -> None:
+    """Wait until all ranks are here, for a day if need be: longer than `run.timeout_minutes`.
+
+    Collective: all ranks must call.
+    """
+    if world_size() > 1:
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        assert isinstance(patient, dist.ProcessGroup), "every rank is a member"
+        dist.barrier(patient)
+
+
 def barrier() -> None:
     """Wait until all ranks are here."""
     if world_size() > 1:

@@ -15,7 +15,7 @@ from iic_dist.config.console import errors_in_one_line, log_to_console, run_opti
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.prediction import clusterer, gallery, outputs
-from iic_dist.prediction.folder import FolderPrediction, predict_folder
+from iic_dist.prediction.folder import FolderPrediction, predict_folder, predict_rows
 from iic_dist.prediction.names import folder_names, read_names
 
 _NAMED = 10  # unreadable files that are printed
@@ -29,7 +29,13 @@ def _options() -> argparse.Namespace:
         "--output, --link-to, --embeddings and --gallery.",
     )
     run_option(parser)
-    parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="the image folder, in any nesting")
+    parser.add_argument(
+        "--images",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="the image folder, in any nesting; for a run on features a file FILE.npy of others",
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -83,6 +89,12 @@ def _check(options: argparse.Namespace) -> None:
             outputs.check_parent(option, path)
 
 
+def _refuse_pictures(options: argparse.Namespace) -> None:
+    for option, asked in (("--gallery", options.gallery), ("--link-to", options.link_to)):
+        if asked:
+            raise UsageError(f"{option} {asked}: this run is on features, and there are no images to show or link")
+
+
 def predict(options: argparse.Namespace, place: Place) -> None:
     """Cluster a folder and write what is asked for.
 
@@ -96,7 +108,11 @@ def predict(options: argparse.Namespace, place: Place) -> None:
     names = read_names(options.names, run.num_clusters) if options.names else None
     distributed.use_threads(run.config.run.threads, place)
     distributed.start(place, run.device, run.config.run.timeout_minutes)
-    found = predict_folder(run, options.images, progress=place.is_main and not options.no_progress)
+    if run.takes_features:
+        _refuse_pictures(options)
+        found = predict_rows(run, options.images)
+    else:
+        found = predict_folder(run, options.images, progress=place.is_main and not options.no_progress)
     if not place.is_main:
         return
     agreement = found.prediction.agreement()

@@ -8,15 +8,18 @@ import torch
 
 from iic_dist import distributed
 from iic_dist.config import Config
-from iic_dist.config.build import load_data
 from iic_dist.config.command_line import parse
 from iic_dist.config.console import errors_in_one_line, log_to_console, say
 from iic_dist.config.folder import choose
+from iic_dist.config.weights import with_weights
+from iic_dist.data.image_set import ImageSet
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import metrics
 from iic_dist.ops import iic, nt_xent
 from iic_dist.training import report
+from iic_dist.training.feature_trainer import FeatureTrainer
+from iic_dist.training.open import open_trainer
 from iic_dist.training.run_folder import open_folder
 from iic_dist.training.stop import StopSignals
 from iic_dist.training.trainer import Trainer
@@ -39,10 +42,10 @@ def choose_losses(config: Config, device: torch.device) -> str:
     return ", ".join(names)
 
 
-def compare_with_kmeans(trainer: Trainer, num_clusters: int) -> None:
+def compare_with_kmeans(trainer: Trainer | FeatureTrainer, num_clusters: int) -> None:
     """Print what k-means on the pixels makes of the evaluation images, if they have labels."""
     evaluated = trainer.data.evaluation
-    if evaluated.labels is not None:
+    if evaluated.labels is not None and isinstance(evaluated, ImageSet):
         share = metrics.kmeans_accuracy(evaluated.images, evaluated.labels, num_clusters)
         print(f"accuracy {share:.4f} by k-means on the pixels", flush=True)
 
@@ -55,8 +58,9 @@ def train(config: Config, place: Place, stop: StopSignals) -> None:
     device = distributed.choose_device(config.run.device, place)
     distributed.use_threads(config.run.threads, place)
     distributed.start(place, device, config.run.timeout_minutes)
+    config = with_weights(distributed.broadcast(config), place, partial(say, place))
     losses = choose_losses(config, device)
-    trainer = Trainer(config, load_data(config, place), place, device)
+    trainer = open_trainer(config, place, device)
     folder = open_folder(config, trainer, place)
     threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""
     say(place, f"{folder}: {place.world_size} rank(s) on {device.type}{threads}; losses: {losses}")
@@ -78,7 +82,7 @@ def main() -> None:
     log_to_console()
     place = Place.from_environment()
     with StopSignals() as stop, errors_in_one_line(place):
-        train(parse(choose=partial(choose, say=partial(say, place))), place, stop)
+        train(parse(choose=partial(choose, say=partial(say, place), main=place.is_main)), place, stop)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def load_data(config: Config, place: Place) -> RunData:
         relist=data.relist and first,  # the others of a machine take what the first has found
         verify=first,
         progress=config.monitor.progress and place.is_main,
+        resampling=data.resampling or "bilinear",
     )
 
     def load(split: str) -> ImageSet:
@@ -123,6 +124,8 @@ def build_model(config: Config, in_channels: int, image_size: int, fetch_weights
             norm=model.norm,
             pretrained=model.pretrained,
             fetch_weights=fetch_weights,
+            weights=model.weights,
+            weights_digest=model.weights_digest,
         )
         features = backbone.num_features
         heads: dict[str, torch.nn.Module] = {

@@ -34,6 +34,29 @@ def check(config: Config) -> None:
     _require(refine.confidence < 1, "refine.confidence", refine.confidence, "below 1")
 
 
+def check_course(config: Config) -> None:
+    """Raise a UsageError where there is nothing to train, or nothing to cluster; counts for a command line's end."""
+    data, model, epochs = config.data, config.model, config.train.epochs
+    features = data.name.startswith("features:")
+    if features and epochs:
+        raise UsageError(
+            f"train.epochs={epochs}: {data.name} are features as they are, and no network is trained on them: set 0"
+        )
+    if epochs == 0 and not features and not (config.pretrained and model.freeze_backbone):
+        raise UsageError(
+            "train.epochs=0: leaves an untrained network; with a pretrained one, frozen, its features are clustered "
+            "(model.pretrained or model.weights, and model.freeze_backbone), or set 1 or more"
+        )
+    if data.labels is not None and not features:
+        raise UsageError(f"data.labels={data.labels!r}: is for features:FILE.npy; a folder has data.folder_labels")
+    if features and (config.pretrained or data.unlabelled):
+        raise UsageError(f"{data.name}: features need no model.pretrained, model.weights or data.unlabelled")
+    if epochs == 0 and not config.neighbours.steps:
+        raise UsageError("train.epochs=0 and neighbours.steps=0: nothing is trained; set --neighbours.steps 1000")
+    if config.of_features and data.unlabelled:
+        raise UsageError("data.unlabelled=true: with train.epochs 0 no head trains on unlabelled images")
+
+
 def _check_field(name: str, value: Any, field: dataclasses.Field[Any]) -> None:
     # A file may say null where the parser lets it pass.
     _require(value is not None or field.default is None, name, value, "given")

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
 from iic_dist.config import Config
-from iic_dist.config.check import check
+from iic_dist.config.check import check, check_course
 from iic_dist.errors import UsageError
+
+Choose = Callable[[Config, frozenset[str]], dict[str, Any]]
 
 PRESETS = Path(__file__).parent / "presets"
 _GROUPS = tuple(group.name for group in dataclasses.fields(Config))
@@ -73,7 +76,7 @@ def _parser() -> _Parser:
         "--config",
         action="config",
         help="A preset's name or a YAML file; options given beside it win. Default: digits; for folder:DIR what "
-        "is chosen from the images.",
+        "is chosen from the images, for features:FILE what features need.",
     )
     for group in dataclasses.fields(Config):
         parser.add_class_arguments(group.default_factory, group.name)
@@ -105,13 +108,14 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     return config, rest
 
 
-def parse(arguments: list[str] | None = None, choose: Callable[[Config], dict[str, Any]] | None = None) -> Config:
+def parse(arguments: list[str] | None = None, choose: Choose | None = None) -> Config:
     """Read the command line into a checked `Config`.
 
     Args:
         arguments: Options without the program's name; None takes the process's own.
-        choose: Asked for settings where the images are a folder's: gets the config so far and returns values by
-            "group.field". They take the place of the defaults, and of the preset where none is named.
+        choose: Asked for settings where the images are a folder's, or features: gets the config so far and the names
+            "group.field" of what an option or a named file sets, and returns values by such names. They take the place
+            of the defaults, and of the preset where none is named.
 
     Raises:
         UsageError: an unknown option, a value of the wrong type, or values that do not fit together.
@@ -122,10 +126,21 @@ def parse(arguments: list[str] | None = None, choose: Callable[[Config], dict[st
     preset = ["--config", _find("digits" if named is None else named)]
     if choose is not None:
         first = _config(parser, preset + [option for option in options if not option.startswith("--print_config")])
-        if first.data.name.startswith("folder:"):
-            parser.set_defaults(choose(first))
+        if first.data.name.startswith(("folder:", "features:")):
+            parser.set_defaults(choose(first, _asked(options, named)))
             preset = [] if named is None else preset
-    return _config(parser, preset + options)
+    config = _config(parser, preset + options)
+    check_course(config)
+    return config
+
+
+def _asked(options: list[str], named: str | None) -> frozenset[str]:
+    """Return the names "group.field" that options or a named file set."""
+    asked = {match[1] for option in options if (match := re.match(r"--(\w+\.\w+)", option))}
+    if named is not None:
+        content = yaml.safe_load(Path(_find(named)).read_text(encoding="utf-8")) or {}
+        asked |= {f"{group}.{name}" for group, fields in content.items() for name in fields or ()}
+    return frozenset(asked)
 
 
 def _config(parser: _Parser, arguments: list[str]) -> Config:

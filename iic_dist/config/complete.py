@@ -8,6 +8,7 @@ from pathlib import Path
 
 from iic_dist.config import Config
 from iic_dist.config.build import build_views
+from iic_dist.data.features import FeatureSet
 from iic_dist.data.image_set import ImageSet
 from iic_dist.errors import UsageError
 
@@ -37,8 +38,8 @@ def read_sizes(path: str) -> list[float]:
     return sizes
 
 
-def complete(config: Config, train: ImageSet) -> Config:
-    """Return a copy of `config` in which nothing is left to be chosen from the images.
+def complete(config: Config, train: ImageSet | FeatureSet) -> Config:
+    """Return a copy of `config` in which nothing is left to be chosen from the images, or from features.
 
     What it says of the images is enough to build the network and its input again without them.
 
@@ -56,7 +57,10 @@ def complete(config: Config, train: ImageSet) -> Config:
     if isinstance(config.loss.prior, str) and config.loss.prior not in ("uniform", "free"):
         config.loss.prior = read_sizes(config.loss.prior)
     _check_prior(config)
-    channels, image_size = train.images.shape[1], train.images.shape[-1]
+    shape = train.image_shape if isinstance(train, FeatureSet) else tuple(train.images.shape[1:])
+    if shape is None:
+        return config  # no images, no views
+    channels, image_size = shape[0], shape[-1]
     for name, asked, there in (
         ("image_size", config.data.image_size, image_size),
         ("channels", config.data.channels, channels),
@@ -66,6 +70,8 @@ def complete(config: Config, train: ImageSet) -> Config:
     config.data.image_size, config.data.channels = image_size, 1 if channels == 1 else 3
     views = build_views(config)
     config.views.size = views.size
+    if isinstance(train, FeatureSet):
+        return config  # whose weights said what they want to see
     if config.views.mean is None and config.views.std is None and views.channels(channels) == channels:
         # A sample of 10,000 images fixes both to three digits; the mean over all would hold a float copy of them.
         pixels = train.images[:: max(1, len(train.images) // 10_000)].float() / 255

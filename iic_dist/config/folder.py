@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from iic_dist.config import Config
+from iic_dist.config.weights import LARGEST_SIDE
 from iic_dist.data.survey import Survey, survey
+from iic_dist.models.pretrained import preprocessing, what_is_missing
+from iic_dist.models.timm_backbones import PREFIX
 
+DEFAULT = "timm/vit_small_patch14_dinov2.lvd142m"
+"""The backbone whose features photographs get; its weights were made without labels."""
+
+NEIGHBOURS, STEPS = "neighbours.steps", 1000
+_PHOTOGRAPH_SIDE = 64
 _LARGEST_SIDE = 96
 _SMALL_SIDE = 32
 _FEWEST, _MOST_EPOCHS = {"small_cnn": 30, "resnet18": 50}, 400
@@ -69,26 +77,76 @@ def settings(
     }
 
 
-def choose(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
-    """Choose settings for the folder that `config.data.name` names, and say what and why.
+def frozen_settings(backbone: str) -> dict[str, Choice]:
+    """Choose settings for the features of a frozen pretrained backbone, "group.field" by name."""
+    side = min(LARGEST_SIDE, preprocessing(backbone).input_size)
+    return {
+        "model.backbone": Choice(backbone, "pretrained: it has seen more photographs than a folder holds"),
+        "model.pretrained": Choice(True, "its weights from this machine or, said beforehand, from the network"),
+        "model.freeze_backbone": Choice(True, "stays as it is: each image is looked at once"),
+        "train.epochs": Choice(0, "no training on views of the images"),
+        NEIGHBOURS: Choice(STEPS, "heads learn from each image and its nearest ones"),
+        "data.image_size": Choice(side, f"as the weights want it, up to {LARGEST_SIDE}"),
+        "views.policy": Choice("simclr", "an evaluation sees the whole image"),
+    }
+
+
+def choose(
+    config: Config, asked: frozenset[str] = frozenset(), *, say: Callable[[str], None], main: bool = True
+) -> dict[str, Any]:
+    """Choose settings for the folder or the features that `config.data.name` names, and say what and why.
+
+    Colour photographs get the features of a frozen pretrained backbone where its weights can be had, and nothing that
+    is asked for speaks against it.
 
     Args:
         config: What is asked for so far.
+        asked: Names of what options or a named file set.
         say: Prints a line.
+        main: Whether to ask for weights over the network. One process of a run does: its config counts for all.
 
     Returns:
         Values by "group.field"; none where the folder has no image that can be read.
     """
-    data = config.data
+    data, model = config.data, config.model
+    if data.name.startswith("features:"):
+        return {"train.epochs": 0, NEIGHBOURS: STEPS}
     found = survey(Path(data.name.removeprefix("folder:")).expanduser())
     if found is None:
         return {}
-    choices = settings(found, data.image_size, data.channels, config.model.num_clusters)
+    backbone = _pretrained_backbone(config, found, asked)
+    choices = {} if backbone is None else frozen_settings(backbone)
+    missing = None
+    if backbone == DEFAULT and not asked & {"model.backbone", "model.pretrained", "model.weights"} and main:
+        missing = what_is_missing(DEFAULT)
+    if missing is not None or not choices:
+        choices = settings(found, data.image_size, data.channels, model.num_clusters)
     say(
         f"{data.name}: {found.num_images} images, {'in colour' if found.colour else 'gray'}, {found.side} px at the "
         f"median shorter side ({found.num_read} looked at). Chosen for them, unless an option or a file says otherwise:"
     )
     for name, choice in choices.items():
-        say(f"  --{name} {choice.value}".ljust(40) + choice.reason)
-    say("  (objects at any angle: --views.rotation 180 --views.flip 0.5; more recipes in docs/own-images.md)")
+        say(f"  --{name} {choice.value} ".ljust(40) + choice.reason)
+    if missing is not None:
+        say(f"  (pretrained features would sort photographs better, but {missing}. Training from scratch instead)")
+    elif backbone is None:
+        say("  (objects at any angle: --views.rotation 180 --views.flip 0.5; more recipes in docs/own-images.md)")
     return {name: choice.value for name, choice in choices.items()}
+
+
+def _pretrained_backbone(config: Config, found: Survey, asked: frozenset[str]) -> str | None:
+    """Name the backbone whose features are to be clustered as they are; None where a network is to be trained.
+
+    It is the one that is asked for with weights, frozen, or of timm; else for colour photographs the default.
+    """
+    model, train = config.model, config.train
+    trained = "train.epochs" in asked and train.epochs > 0
+    thawed = "model.freeze_backbone" in asked and not model.freeze_backbone
+    untrained = "model.pretrained" in asked and not model.pretrained and model.weights is None
+    gray = config.data.channels == 1 or ("views.sobel" in asked and config.views.sobel)
+    if trained or thawed or untrained or gray:
+        return None
+    if "model.backbone" in asked:
+        frozen = model.freeze_backbone and config.pretrained
+        return model.backbone if frozen or model.backbone.startswith(PREFIX) else None
+    return DEFAULT if found.colour and found.side > _PHOTOGRAPH_SIDE else None

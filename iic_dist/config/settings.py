@@ -50,7 +50,8 @@ class DataConfig:
     """Which images are clustered.
 
     Attributes:
-        name: digits, mnist, fashion-mnist, cifar10, cifar100-20, stl10, or folder:DIR.
+        name: digits, mnist, fashion-mnist, cifar10, cifar100-20, stl10, folder:DIR, or features:FILE.npy: (N, F) of
+            anything.
         root: Folder where named data sets are looked for and downloaded to.
         download: Download a named data set that is not under `root`.
         train_on: Images to train on; no label is used. all = training and test images (the paper's protocol).
@@ -60,9 +61,14 @@ class DataConfig:
         image_size: folder:DIR only: side in pixels that the images are resized and cropped to. Default: their median
             shorter side, from 8 to 96.
         channels: 1 makes all images gray, 3 makes them RGB. Default: 1 if no image has a colour, else 3.
+        resampling: folder:DIR only: how the images are resized. Default: as pretrained weights want it, else bilinear.
         folder_labels: folder:DIR only: the sub-folders are classes, used for evaluation.
-        cache: folder:DIR only: folder where the decoded images are kept for the next run; it may be deleted at any
-            time. Default: `decoded` under `root`.
+        labels: features:FILE.npy only: a file .npy of labels, used for evaluation. Default: FILE.labels.npy, if it is
+            there.
+        cache: folder:DIR only: folder where the decoded images, or the features of a frozen backbone, are kept for
+            the next run; it may be deleted at any time. Default: `decoded` under `root`.
+        keep_features: Numbers in which the features of a frozen backbone are kept; float16 takes half the room. With
+            train.precision float64 they are float64.
         workers: folder:DIR only: processes that decode; 0 = the run's own. Default: one a core, at most 16.
         relist: folder:DIR only: look for changed files at the start; false trusts the listing kept in `cache`, which
             saves a walk over millions of files on a slow disk.
@@ -80,8 +86,11 @@ class DataConfig:
     unlabelled: bool = False
     image_size: int | None = None
     channels: Literal[1, 3] | None = None
+    resampling: Literal["bilinear", "bicubic"] | None = None
     folder_labels: bool = False
+    labels: str | None = None
     cache: str | None = None
+    keep_features: Literal["float16", "float32"] = "float32"
     workers: int | None = _at_least_0(None)
     relist: bool = True
     device_budget_gib: float = _at_least_0(4.0)
@@ -129,9 +138,14 @@ class ModelConfig:
     """The network: a backbone and up to three heads.
 
     Attributes:
-        backbone: small_cnn, resnet18, resnet34, iic_resnet34, iic_vgg4, mobilenet_v2, or any torchvision model.
+        backbone: small_cnn, resnet18, resnet34, iic_resnet34, iic_vgg4, mobilenet_v2, any torchvision model, or
+            timm/NAME for one of timm's.
         norm: Normalisation of the project's own backbones.
-        pretrained: Start from torchvision's ImageNet weights.
+        pretrained: Start from torchvision's ImageNet weights, or from timm's weights of that name: cached ones, or
+            fetched ones.
+        weights: Start from this file (.safetensors, .pth, .pt, .bin) of the backbone's weights; needs no network.
+        weights_digest: sha256: and the first digits of that of the weights' file, filled in when the run starts;
+            other weights are refused.
         freeze_backbone: Train the heads alone.
         num_clusters: Clusters wanted. Several numbers, as in 5,10,20, train one clustering head for each, and one of
             them is recommended and used. Default: the number of classes of the data set.
@@ -145,6 +159,8 @@ class ModelConfig:
     backbone: str = "small_cnn"
     norm: Literal["batch", "group", "none"] = "batch"
     pretrained: bool = False
+    weights: str | None = None
+    weights_digest: str | None = None
     freeze_backbone: bool = False
     num_clusters: int | list[int] | None = None
     num_overclusters: int = _at_least_0(0)
@@ -209,7 +225,7 @@ class TrainConfig:
     """The course of the training.
 
     Attributes:
-        epochs: Passes over the training images.
+        epochs: Passes over the training images; 0 = none, the features of a frozen pretrained backbone are clustered.
         schedule: joint trains all heads in each step on one backbone pass; alternate gives each head its own pass
             over the images in every epoch, in the order of `order`.
         order: Heads of an epoch of the alternate schedule, first to last.
@@ -228,7 +244,7 @@ class TrainConfig:
         max_skipped_steps: The run ends when more steps than this in a row had a loss or gradient that is not finite.
     """
 
-    epochs: int = _above_0(50)
+    epochs: int = _at_least_0(50)
     schedule: Literal["joint", "alternate"] = "joint"
     order: list[str] = field(default_factory=lambda: ["overclustering", "clustering", "contrastive"])
     restart_after: int = _at_least_0(15)
@@ -320,6 +336,16 @@ class Config:
     neighbours: NeighboursConfig = field(default_factory=NeighboursConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    @property
+    def of_features(self) -> bool:
+        """Whether features are clustered as they are: no image is looked at twice, and no epoch trained."""
+        return self.train.epochs == 0
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the backbone starts from pretrained weights."""
+        return self.model.pretrained or self.model.weights is not None
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
-"""Decoded images as one file that is mapped into memory instead of being read.
+"""Decoded images, or features of them, as one file that is mapped into memory instead of being read.
 
 The file holds the pixels, (M, C, S, S) uint8, from its first byte on; then its contents as JSON (`Contents`); and in
 its last 16 bytes the length of the JSON, the JSON's CRC-32 and `MAGIC`. Writing it is sequential, a file that was cut
-short has no end, and a flipped bit anywhere fails a checksum.
+short has no end, and a flipped bit anywhere fails a checksum. A file of features (`iic_dist.data.features`) holds
+(M, F) numbers in the place of the pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,14 +53,15 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file of decoded images holds.
+    """What a file of decoded images or of features holds.
 
     Attributes:
         source: Names all that the pixels depend on; images of another source are stale.
-        shape: (M, C, S, S) of the pixels.
+        shape: (M, C, S, S) of the pixels, (M, F) of features.
         checksums: CRC-32 of each 64 MiB of the pixels.
         paths: Of the files that the images were decoded from.
         malformed: Of those that could not be.
+        dtype: Of a pixel or a feature, by NumPy's name.
     """
 
     source: str
@@ -67,6 +69,12 @@ class Contents:
     checksums: list[int]
     paths: list[str]
     malformed: Unreadable
+    dtype: str = "uint8"
+
+    @property
+    def nbytes(self) -> int:
+        """Length of what is mapped, bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
     def checksum(self) -> int:
@@ -93,12 +101,12 @@ def read(file: BinaryIO, source: str, *, verify: bool, progress: bool = False) -
     contents = _read_contents(file)
     if contents.source != source:
         raise Unusable("it is of other files or another size")
-    pixels = _map(file, contents.shape)
+    pixels = _map(file, contents.nbytes)
     if verify:
         for number, (found, wanted) in enumerate(zip(_checksums(pixels, progress), contents.checksums, strict=True)):
             if found != wanted:
                 raise Unusable(f"it is damaged: the checksum of bytes {number * _BLOCK} and following is wrong")
-    return torch.from_numpy(pixels).view(contents.shape), contents
+    return torch.from_numpy(pixels.view(contents.dtype)).view(contents.shape), contents
 
 
 def _read_contents(file: BinaryIO) -> Contents:
@@ -113,14 +121,13 @@ def _read_contents(file: BinaryIO) -> Contents:
     if magic != MAGIC or zlib.crc32(text) != checksum:
         raise Unusable("it is damaged: its end is missing or wrong")
     contents = Contents(**json.loads(text))
-    if math.prod(contents.shape) + length + _END.size != size:
+    if contents.nbytes + length + _END.size != size:
         raise Unusable("it is damaged: it has another length")
     return contents
 
 
-def _map(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
-    """Map the pixels; copy on write, because torch knows no memory that must not be written to."""
-    size = math.prod(shape)
+def _map(file: BinaryIO, size: int) -> np.ndarray:
+    """Map the first bytes; copy on write, because torch knows no memory that must not be written to."""
     return np.memmap(file, np.uint8, mode="c", shape=(size,)) if size else np.empty(0, np.uint8)
 
 
@@ -159,10 +166,19 @@ def write(file: BinaryIO, source: str, image_size: int, chunks: Iterable[Decoded
         channels = 3 if chunk.has_colour else channels
     if channels == 1:
         _keep_one_channel(file, len(paths), image_size**2)
+    finish(file, Contents(source, (len(paths), channels, image_size, image_size), [], paths, malformed))
+
+
+def finish(file: BinaryIO, contents: Contents) -> None:
+    """Write the end of a file behind its pixels or features; it is on the disk when this returns.
+
+    Args:
+        file: Open for reading and writing.
+        contents: Without the checksums.
+    """
     file.flush()
-    shape = (len(paths), channels, image_size, image_size)
-    checksums = list(_checksums(_map(file, shape), progress=False))
-    text = json.dumps(asdict(Contents(source, shape, checksums, paths, malformed))).encode()
+    checksums = list(_checksums(_map(file, contents.nbytes), progress=False))
+    text = json.dumps(asdict(replace(contents, checksums=checksums))).encode()
     file.seek(0, os.SEEK_END)
     file.write(text + _END.pack(len(text), zlib.crc32(text), MAGIC))
     file.flush()
@@ -200,21 +216,21 @@ def read_or_build(
     if path is None:
         return _build_nameless(source, fill)
     before = _status(path)
-    if found := _read_if_usable(path, source, verify, progress):
+    if found := read_if_usable(path, source, verify, progress):
         return found
     part = path.with_name(f"{path.name}.part")
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(_locked(part))
+            file = stack.enter_context(locked(part))
         except OSError as error:
             level = logging.WARNING if verify else logging.DEBUG  # one process of a machine says it
             _log.log(level, _NOT_KEPT, path.parent, error.strerror)
             return _build_nameless(source, fill)
-        stack.enter_context(_disk_errors(path.parent))
+        stack.enter_context(disk_errors(path.parent))
         try:
             made_since = not _same_file(before, _status(path))
-            if made_since and (found := _read_if_usable(path, source, verify, progress)):
+            if made_since and (found := read_if_usable(path, source, verify, progress)):
                 part.unlink()
                 return found
             fill(file)
@@ -228,24 +244,24 @@ def read_or_build(
 
 
 def _build_nameless(source: str, fill: Fill) -> tuple[Tensor, Contents]:
-    with _disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
+    with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
         fill(file)
         return read(file, source, verify=False)
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path, what: str = "decoded images") -> Iterator[None]:
     """Turn what the disk says into one line."""
     try:
         yield
     except OSError as error:
         raise UsageError(
-            f"decoded images cannot be kept in {str(folder)!r} ({error.strerror}): make room there, or name another "
+            f"{what} cannot be kept in {str(folder)!r} ({error.strerror}): make room there, or name another "
             "folder with --data.cache"
         ) from error
 
 
-def _read_if_usable(path: Path, source: str, verify: bool, progress: bool) -> tuple[Tensor, Contents] | None:
+def read_if_usable(path: Path, source: str, verify: bool, progress: bool) -> tuple[Tensor, Contents] | None:
     """Read a file; None where there is none, or none that can be used, which is said."""
     try:
         with path.open("rb") as file:
@@ -258,17 +274,19 @@ def _read_if_usable(path: Path, source: str, verify: bool, progress: bool) -> tu
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
     """Open a file for this process alone, and wait while another one has it.
 
     Raises:
-        OSError: it cannot be opened, or the file system has no locks.
+        OSError: it cannot be opened, the file system has no locks, or another process has it and `wait` is false.
     """
     while True:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    raise
                 _log.info("waiting for another process, which decodes images into %s", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not _same_file(os.fstat(file.fileno()), _status(path)):

@@ -12,7 +12,7 @@ from ctypes import c_int64
 from dataclasses import dataclass
 from multiprocessing import RawArray
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL
@@ -31,12 +31,18 @@ MAX_PIXELS = 50_000_000
 DECODER = f"1 with Pillow {PIL.__version__}"
 """Names the pixels that `decode_image` makes of a file; count up when it makes others."""
 
+Resampling = Literal["bilinear", "bicubic"]
+"""How images are resized; both with antialias."""
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _MAX_WORKERS = 16
 _CHUNK_IMAGES, _CHUNK_BYTES = 32, 2**24
 
 
-def decode_image(path: Path, image_size: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode one file: turned as its EXIF says, its central square resized with antialias (triangle filter).
+def decode_image(
+    path: Path, image_size: int, max_pixels: int = MAX_PIXELS, resampling: Resampling = "bilinear"
+) -> Tensor:
+    """Decode one file: turned as its EXIF says, its central square resized with antialias (bilinear: triangle filter).
 
     Transparent pixels lie on white. 16-bit gray is scaled from its whole range, 0-65535. Of an animation the
     first picture counts.
@@ -54,7 +60,7 @@ def decode_image(path: Path, image_size: int, max_pixels: int = MAX_PIXELS) -> T
         image.load()
         with contextlib.suppress(Exception):  # a damaged EXIF block does not make the pixels bad
             ImageOps.exif_transpose(image, in_place=True)
-        return square(image, image_size)
+        return square(image, image_size, resampling)
 
 
 def header_size(path: Path) -> tuple[int, int]:
@@ -70,10 +76,10 @@ def header_size(path: Path) -> tuple[int, int]:
             return image.size
 
 
-def square(image: Image.Image, image_size: int) -> Tensor:
+def square(image: Image.Image, image_size: int, resampling: Resampling = "bilinear") -> Tensor:
     """Resize the central square of a picture: (3, S, S) uint8 RGB. See `decode_image`; the EXIF is not looked at."""
     # Square first: a strip of 20000 x 1 resized by its shorter side would be 20000 squares long.
-    fitted = ImageOps.fit(_to_rgb(image), (image_size, image_size), Image.Resampling.BILINEAR)
+    fitted = ImageOps.fit(_to_rgb(image), (image_size, image_size), _RESAMPLING[resampling])
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
 
 
@@ -112,10 +118,18 @@ class _Chunks(Dataset[Decoded]):
     `at_work[w]` is the file that worker w is at, in memory that the processes share.
     """
 
-    def __init__(self, root: Path, paths: list[str], image_size: int, max_pixels: int, workers: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        paths: list[str],
+        image_size: int,
+        max_pixels: int,
+        workers: int,
+        resampling: Resampling = "bilinear",
+    ) -> None:
         self.root, self.paths = root, paths
-        self.image_size, self.max_pixels = image_size, max_pixels
-        self.size = max(1, min(_CHUNK_IMAGES, _CHUNK_BYTES // (3 * image_size**2)))
+        self.image_size, self.max_pixels, self.resampling = image_size, max_pixels, resampling
+        self.size = chunk_size(image_size)
         self.at_work = RawArray(c_int64, [-1] * max(1, workers))
 
     def __len__(self) -> int:
@@ -133,7 +147,8 @@ class _Chunks(Dataset[Decoded]):
             for number, path in enumerate(self.paths[start : start + self.size], start):
                 self.at_work[place] = number
                 try:
-                    images[len(kept)] = decode_image(self.root / path, self.image_size, self.max_pixels).numpy()
+                    image = decode_image(self.root / path, self.image_size, self.max_pixels, self.resampling)
+                    images[len(kept)] = image.numpy()
                 except Exception as error:  # a malformed file can raise nearly anything
                     malformed.append((path, reason_for(error)))
                 else:
@@ -141,6 +156,11 @@ class _Chunks(Dataset[Decoded]):
         self.at_work[place] = -1
         images = images[: len(kept)]
         return Decoded(images, kept, malformed, bool((images != images[:, :1]).any()))
+
+
+def chunk_size(image_size: int) -> int:
+    """Return how many files `decoded_files` hands out at a time."""
+    return max(1, min(_CHUNK_IMAGES, _CHUNK_BYTES // (3 * image_size**2)))
 
 
 @contextlib.contextmanager
@@ -151,6 +171,7 @@ def decoded_files(
     max_pixels: int = MAX_PIXELS,
     workers: int | None = 0,
     progress: bool = False,
+    resampling: Resampling = "bilinear",
 ) -> Iterator[Iterable[Decoded]]:
     """Decode files in their order, some at a time: `with decoded_files(...) as chunks: for chunk in chunks: ...`.
 
@@ -161,12 +182,13 @@ def decoded_files(
         max_pixels: A file whose header says more is not decoded.
         workers: Processes that decode. 0: this one does. None: one a core, at most 16.
         progress: Show a progress bar.
+        resampling: See `decode_image`.
 
     Raises:
         UsageError: a worker ended, by a crash inside a decoder or because memory ran short.
     """
-    workers = _count(workers)
-    chunks = _Chunks(root, paths, image_size, max_pixels, workers)
+    workers = count_workers(workers)
+    chunks = _Chunks(root, paths, image_size, max_pixels, workers, resampling)
     workers = min(workers, len(chunks))
     # What it yields are arrays, which pass through pipes: tensors take shared memory, of which containers have little.
     loader = DataLoader(
@@ -205,11 +227,17 @@ def _counted(chunks: Iterable[Decoded], bar: tqdm[Any]) -> Iterator[Decoded]:
         yield chunk
 
 
-def _count(workers: int | None) -> int:
+def count_workers(workers: int | None, sharers: int = 1) -> int:
+    """Return how many processes decode: as many as asked for, or else one a core, at most 16.
+
+    Args:
+        workers: As asked for, or None.
+        sharers: Processes of this machine that decode at once, and share its cores.
+    """
     if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MAX_WORKERS)
+    return max(1, min(cores // sharers, _MAX_WORKERS))
 
 
 def _as_it_is(chunk: Any) -> Any:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from iic_dist.data import cache as decoded_cache
-from iic_dist.data.decode import DECODER, MAX_PIXELS, decoded_files
+from iic_dist.data.decode import DECODER, MAX_PIXELS, Resampling, decoded_files
 from iic_dist.data.image_set import ImageSet
-from iic_dist.data.listing import SUFFIXES, Unreadable, list_or_recall, printable
+from iic_dist.data.listing import SUFFIXES, Listing, Unreadable, list_or_recall, printable
 from iic_dist.errors import UsageError
 
 
@@ -34,6 +34,7 @@ class Reading:
         verify: Compare the checksums of decoded images that are there; one process of a machine is enough.
         progress: Show a progress bar; off for all ranks but one.
         follow_links: Also read symbolic links that lead out of the folder.
+        resampling: How the images are resized.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -43,6 +44,7 @@ class Reading:
     verify: bool = True
     progress: bool = True
     follow_links: bool = False
+    resampling: Resampling = "bilinear"
 
 
 def load_folder(
@@ -73,57 +75,90 @@ def load_folder(
     """
     reading = reading or Reading()
     root = folder.expanduser()
-    if not root.is_dir():
-        problem = "is not a folder" if root.exists() else "does not exist"
-        raise UsageError(f"the image folder {str(folder)!r} {problem}")
-    kept = None if reading.cache is None else f"{reading.cache.expanduser()}/{_kept_name(root)}"
-    kept_listing = None if kept is None else Path(f"{kept}.listing")
-    listing = list_or_recall(root, reading.follow_links, kept_listing, reading.relist)
-    if not listing.paths and not listing.refused:
-        raise UsageError(
-            f"the image folder {str(folder)!r} holds no image file (names that end in {' '.join(SUFFIXES)})"
-        )
+    kept = None if reading.cache is None else kept_under(reading.cache, root)
+    listing = find_images(folder, reading.follow_links, kept, reading.relist)
     if labels:
-        _class_names(listing.paths, folder)  # an error now rather than after the decoding
+        class_names_of(listing.paths, folder)  # an error now rather than after the decoding
 
-    source = json.dumps([listing.digest, image_size, reading.max_pixels, DECODER])
+    other = [] if reading.resampling == "bilinear" else [reading.resampling]  # what was kept before stays good
+    source = json.dumps([listing.digest, image_size, reading.max_pixels, DECODER, *other])
 
     def decode_into(file: BinaryIO) -> None:
         _check_room(file, len(listing.paths), image_size)
-        decoded = decoded_files(root, listing.paths, image_size, reading.max_pixels, reading.workers, reading.progress)
-        with decoded as chunks:
+        with decoded_files(
+            root,
+            listing.paths,
+            image_size,
+            reading.max_pixels,
+            reading.workers,
+            reading.progress,
+            reading.resampling,
+        ) as chunks:
             decoded_cache.write(file, source, image_size, chunks)
 
-    path = None if kept is None else Path(f"{kept}-{image_size}px.images")
+    path = None if kept is None else Path("-".join((kept, f"{image_size}px", *other)) + ".images")
     images, contents = decoded_cache.read_or_build(
         path, source, decode_into, verify=reading.verify, progress=reading.progress
     )
-    problems = [(printable(path), reason) for path, reason in sorted(listing.refused + contents.malformed)]
+    problems = passed_over(folder, contents.paths, listing.refused + contents.malformed)
     if unreadable is not None:
         unreadable.extend(problems)
-    if not contents.paths:
-        raise UsageError(
-            f"none of the {len(problems)} image files in {str(folder)!r} can be read; "
-            f"the first, {problems[0][0]!r}: {problems[0][1]}"
-        )
     if problems and unreadable is None:
         warnings.warn(
             f"skipped {len(problems)} of {len(problems) + len(images)} image files in {str(folder)!r}; "
             f"the first, {problems[0][0]!r}: {problems[0][1]}",
             stacklevel=2,
         )
-    classes = _class_names(contents.paths, folder) if labels else []
+    classes = class_names_of(contents.paths, folder) if labels else []
     return ImageSet(
         f"folder:{folder}",
         images,
-        _labels(contents.paths, classes) if labels else None,
+        labels_of(contents.paths, classes) if labels else None,
         tuple(map(printable, classes)),
         tuple(contents.paths),
         contents.checksum,
     )
 
 
-def _class_names(paths: list[str], folder: Path) -> list[str]:
+def find_images(folder: Path, follow_links: bool, kept: str | None, relist: bool) -> Listing:
+    """List the image files under a folder.
+
+    Args:
+        folder: Where to look; ~ is expanded.
+        follow_links, relist: As of `load_folder`.
+        kept: What the file's name starts with in which the listing is kept; None: it is not.
+
+    Raises:
+        UsageError: there is no such folder, or no image file in it.
+    """
+    root = folder.expanduser()
+    if not root.is_dir():
+        problem = "is not a folder" if root.exists() else "does not exist"
+        raise UsageError(f"the image folder {str(folder)!r} {problem}")
+    listing = list_or_recall(root, follow_links, None if kept is None else Path(f"{kept}.listing"), relist)
+    if not listing.paths and not listing.refused:
+        raise UsageError(
+            f"the image folder {str(folder)!r} holds no image file (names that end in {' '.join(SUFFIXES)})"
+        )
+    return listing
+
+
+def passed_over(folder: Path, paths: list[str], unreadable: Unreadable) -> Unreadable:
+    """Return what could not be read of a folder in the order of the paths, fit to be printed.
+
+    Raises:
+        UsageError: nothing else is there.
+    """
+    problems = [(printable(path), reason) for path, reason in sorted(unreadable)]
+    if not paths:
+        raise UsageError(
+            f"none of the {len(problems)} image files in {str(folder)!r} can be read; "
+            f"the first, {problems[0][0]!r}: {problems[0][1]}"
+        )
+    return problems
+
+
+def class_names_of(paths: list[str], folder: Path) -> list[str]:
     """List the top-level sub-folders that hold an image."""
     classes = sorted({path.split("/")[0] for path in paths if "/" in path})
     if not classes:
@@ -131,17 +166,17 @@ def _class_names(paths: list[str], folder: Path) -> list[str]:
     return classes
 
 
-def _labels(paths: list[str], classes: list[str]) -> Tensor:
+def labels_of(paths: list[str], classes: list[str]) -> Tensor:
     number = {class_name: i for i, class_name in enumerate(classes)}
     return torch.tensor([number[path.split("/")[0]] if "/" in path else -1 for path in paths])
 
 
-def _kept_name(root: Path) -> str:
-    """Name what is kept of a folder after it and its place."""
+def kept_under(cache: Path, root: Path) -> str:
+    """Return what the names of files start with that are kept of a folder: named after it and its place."""
     place = os.path.realpath(root)
     digest = hashlib.blake2b(os.fsencode(place), digest_size=6).hexdigest()
     stem = re.sub(r"[^A-Za-z0-9]+", "-", os.path.basename(place))[:40]
-    return f"{stem}-{digest}"
+    return f"{cache.expanduser()}/{stem}-{digest}"
 
 
 def _check_room(file: BinaryIO, count: int, image_size: int) -> None:

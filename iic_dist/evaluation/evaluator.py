@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from iic_dist import distributed
+from iic_dist.data.features import FeatureSet
 from iic_dist.data.image_set import ImageSet
 from iic_dist.data.source import ImageSource
 from iic_dist.evaluation import inference, metrics
@@ -50,7 +51,7 @@ class Evaluator:
 
     def __init__(
         self,
-        evaluated: ImageSet,
+        evaluated: ImageSet | FeatureSet,
         images: ImageSource,
         views: Views,
         *,

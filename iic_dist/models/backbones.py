@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,15 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from iic_dist.errors import UsageError
 from iic_dist.models.norm import Norm, check_norm, norm_2d
+from iic_dist.models.pretrained import find_weights
+from iic_dist.models.timm_backbones import PREFIX, timm_backbone
 from iic_dist.models.torchvision_backbones import (
     initialise_without_norm,
     resnet_variant,
     torchvision_backbone,
     torchvision_names,
 )
+from iic_dist.models.weights import check_digest
 
 SMALL_IMAGE = 64
 """Up to this side in pixels resnet18 and resnet34 get the small-image stem (3x3, stride 1, no max-pool).
@@ -74,38 +78,54 @@ def build_backbone(
     norm: Norm = "batch",
     pretrained: bool = False,
     fetch_weights: bool = True,
+    weights: Path | str | None = None,
+    weights_digest: str | None = None,
     width: int | None = None,
 ) -> Backbone:
     """Build a backbone by name.
 
-    Dropout and stochastic depth of torchvision's networks are switched off: what is random in a run is a
+    Dropout and stochastic depth of torchvision's and timm's networks are switched off: what is random in a run is a
     function of the seed and of the image, and torch's own generator knows neither.
 
     Args:
-        name: one of BACKBONE_NAMES or a classification network of torchvision.models.
+        name: one of BACKBONE_NAMES, a classification network of torchvision.models, or timm/NAME.
         in_channels: C of the views (2 with Sobel).
         image_size: S of the views in pixels; decides on pooling and stem.
         norm: "batch", "group" or "none". Batch statistics depend on who shares the rank, the other two not.
-            torchvision's networks mean their own norm by "batch", and not all have the others.
-        pretrained: start from torchvision's ImageNet weights, fetched where they are not there yet.
+            torchvision's networks mean their own norm by "batch", and not all have the others; timm's have no others.
+        pretrained: start from pretrained weights: those of `weights`, or else torchvision's or timm's own, fetched
+            where they are not there yet.
         fetch_weights: False builds the network that belongs to `pretrained` without these weights.
+        weights: a file of weights (.safetensors, .pth, .pt, .bin).
+        weights_digest: what the weights' file must have (see `weights.digest`); None: any.
         width: channels of the first stage of small_cnn (default 32); of no other.
 
     Returns:
         A Backbone, float32 on the CPU, in training mode.
 
     Raises:
-        UsageError: unknown name, or a combination that the network does not offer.
+        UsageError: unknown name, a combination that the network does not offer, or weights that are not there or not
+            its own.
     """
     check_norm(norm)
     if in_channels < 1 or image_size < 1:
         raise UsageError(f"a backbone needs images: in_channels is {in_channels}, image_size is {image_size}")
     if width is not None and (name != "small_cnn" or width < 1):
         raise UsageError(f"width is {width} for backbone {name!r}: only small_cnn takes one, at least 1")
-    if name not in _OWN and name not in torchvision_names():
+    if name not in _OWN and name not in torchvision_names() and not name.startswith(PREFIX):
         raise UsageError(_unknown(name))
+    pretrained = pretrained or weights is not None
     if name in _OWN and pretrained:
         raise UsageError(f"backbone {name!r} has no pretrained weights: set pretrained to false")
+    if pretrained and (norm != "batch" or in_channels != 3):
+        raise UsageError(
+            f"pretrained weights of {name!r} need norm batch and 3 channels, not {norm} and {in_channels}: "
+            "change these or set pretrained to false"
+        )
+    file = None
+    if pretrained and fetch_weights:
+        file = find_weights(name, None if weights is None else str(weights))
+        check_digest(file, weights_digest, name)
     if name == "small_cnn":
         net = _small_cnn(in_channels, image_size, norm, width or SMALL_CNN_WIDTH)
     elif name == "iic_vgg4":
@@ -114,8 +134,10 @@ def build_backbone(
         net = _iic_resnet34(in_channels, norm)
     elif name in ("resnet18", "resnet34") and image_size <= SMALL_IMAGE and not pretrained:
         net = _small_image_stem(torchvision_backbone(name, 3, image_size, norm), in_channels)
+    elif name.startswith(PREFIX):
+        net = timm_backbone(name, in_channels, image_size, norm, file)
     else:
-        net = torchvision_backbone(name, in_channels, image_size, norm, pretrained, fetch_weights)
+        net = torchvision_backbone(name, in_channels, image_size, norm, pretrained, file)
     if norm == "none" and isinstance(net, ResNet):
         initialise_without_norm(net)
     return Backbone(net, torch.zeros(1, in_channels, image_size, image_size), name)
@@ -124,7 +146,7 @@ def build_backbone(
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, sorted({*_OWN, *torchvision_names()}), n=4, cutoff=0.4)
     hint = f"; near it: {', '.join(near)}" if near else ""
-    return f"unknown backbone {name!r}: use {', '.join(BACKBONE_NAMES)}, or a torchvision.models name{hint}"
+    return f"unknown backbone {name!r}: use {', '.join(BACKBONE_NAMES)}, a torchvision.models name or timm/NAME{hint}"
 
 
 def _conv_norm_relu(channels_in: int, channels_out: int, kernel: int, norm: Norm) -> list[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ import torchvision.models
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import StochasticDepth
+from torchvision.transforms import InterpolationMode
 
 from iic_dist.errors import UsageError
 from iic_dist.models.norm import Norm, group_norm
+from iic_dist.models.weights import Preprocessing, load_into
 
 _CLASSIFIERS = ("fc", "classifier", "head", "heads")
 _AUXILIARY_CLASSIFIERS = ("aux1", "aux2", "AuxLogits")  # of googlenet and inception_v3
@@ -28,33 +31,66 @@ def torchvision_names() -> tuple[str, ...]:
 
 
 def torchvision_backbone(
-    name: str, in_channels: int, image_size: int, norm: Norm, pretrained: bool = False, fetch_weights: bool = True
+    name: str,
+    in_channels: int,
+    image_size: int,
+    norm: Norm,
+    pretrained: bool = False,
+    weights: Path | None = None,
 ) -> nn.Module:
     """Build torchvision's `name` without its classifier, with whatever norm it has where `norm` is "batch".
 
-    Without `fetch_weights`, a `pretrained` network has its layers and not its weights.
+    Args:
+        name: of torchvision.
+        in_channels: C of its images.
+        image_size: S of its images in pixels.
+        norm: "batch", "group" or "none".
+        pretrained: build the network that its ImageNet weights belong to.
+        weights: file of these weights; None leaves them out.
 
     Raises:
-        UsageError: the network offers no such norm or does not take such images, or its weights do not fit or
-            could not be fetched.
+        UsageError: the network offers no such norm or does not take such images, or the weights are not its own.
     """
-    if pretrained and (norm != "batch" or in_channels != 3):
-        raise UsageError(
-            f"pretrained weights of {name!r} need norm batch and 3 channels, not {norm} and {in_channels}: "
-            "change these or set pretrained to false"
-        )
-    options: dict[str, Any] = {"weights": "DEFAULT"} if pretrained and fetch_weights else {}
-    if name in ("googlenet", "inception_v3") and not options:
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
         options["init_weights"] = True  # the default too, but then with a warning
         options["transform_input"] = pretrained  # what the weights are for
-    if name.startswith("vit_") and not pretrained:
-        options["image_size"] = image_size
+    if name.startswith("vit_"):
+        options["image_size"] = min(_default_weights(name).meta["min_size"]) if pretrained else image_size
     net = _build(functools.partial(torchvision.models.get_model, name, **options), name, norm)
     _remove_classifiers(net, name)
     _switch_off_dropout(net)
     if in_channels != 3:
         _replace_first_convolution(net, name, in_channels)
+    if weights is not None:
+        load_into(net, weights, name, (*_CLASSIFIERS, *_AUXILIARY_CLASSIFIERS))
     return net
+
+
+def torchvision_url(name: str) -> str:
+    """Return where torchvision's ImageNet weights of a network are fetched from."""
+    return str(_default_weights(name).url)
+
+
+def torchvision_preprocessing(name: str) -> Preprocessing:
+    """Return what torchvision's ImageNet weights of a network want to see."""
+    wanted = _default_weights(name).transforms()
+    return Preprocessing(
+        mean=tuple(wanted.mean),
+        std=tuple(wanted.std),
+        resampling="bicubic" if wanted.interpolation == InterpolationMode.BICUBIC else "bilinear",
+        input_size=wanted.crop_size[0],
+        crop_pct=wanted.crop_size[0] / wanted.resize_size[0],
+    )
+
+
+def _default_weights(name: str) -> Any:
+    try:
+        return torchvision.models.get_model_weights(name).DEFAULT
+    except AttributeError as error:  # an enumeration without members
+        raise UsageError(
+            f"backbone {name!r} has no pretrained weights in torchvision: set pretrained to false"
+        ) from error
 
 
 def resnet_variant(build: Callable[..., ResNet], norm: Norm) -> ResNet:
@@ -88,12 +124,6 @@ def _build(build: Callable[..., Any], name: str, norm: Norm) -> nn.Module:
         return build() if norm == "batch" else _build_with_norm(build, name, norm)
     except AssertionError as error:
         raise UsageError(f"backbone {name!r} does not take images of this size: {error}") from error
-    except OSError as error:  # urllib's URLError is one
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"ImageNet weights of {name!r} could not be fetched ({reason}): set pretrained to false, or put "
-            f"the file into {torch.hub.get_dir()}/checkpoints"
-        ) from error
 
 
 def _build_with_norm(build: Callable[..., nn.Module], name: str, norm: Norm) -> nn.Module:

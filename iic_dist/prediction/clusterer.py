@@ -17,13 +17,18 @@ from iic_dist import distributed
 from iic_dist.config import Config
 from iic_dist.config.build import build_model, build_views
 from iic_dist.data.decode import decode_image, square
+from iic_dist.data.features import PREFIX
 from iic_dist.data.image_set import ImageSet, to_channels
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import metrics
-from iic_dist.models.feature_heads import load_network
+from iic_dist.models import ClusterNet
+from iic_dist.models.feature_heads import heads_of_state, load_network
+from iic_dist.models.given_features import GivenFeatures
 from iic_dist.training import checkpoint
 from iic_dist.training.run_folder import CONFIG, settings_of
+
+_ROWS = 8192  # features that are clustered together
 
 Picture = str | os.PathLike[str] | Image.Image
 Images = Tensor | np.ndarray | ImageSet | Picture | Sequence[Picture]
@@ -84,20 +89,28 @@ class Clusterer:
         num_clusters: Its K.
         selected: The sub-head that speaks: the one of lowest loss, chosen without labels.
         batch_size: Images of one forward pass.
+        takes_features: Whether the run is on features of a file, and so has no images.
     """
 
     def __init__(self, config: Config, state: dict[str, Any], device: torch.device) -> None:
         self.config, self.device = config, device
-        self.channels, self.image_size = config.image_shape
         self.head: str = state["clustering_head"]
         self.num_clusters = config.clustering_heads[self.head]
         self.selected = int(state["sub_heads"]["losses"][self.head].argmin())
         self.batch_size = config.train.evaluate_batch_size
-        self.views = build_views(config)
-        self.dtype = torch.float64 if config.train.precision == "float64" else torch.float32
-        in_channels = self.views.channels(self.channels)
-        self.model = build_model(config, in_channels, self.views.size, fetch_weights=False)
-        load_network(self.model, state["model"], config.clustering_heads)
+        self.dtype = config.dtype
+        self.takes_features = config.data.name.startswith(PREFIX)
+        if self.takes_features:
+            heads = heads_of_state(state["model"], config.clustering_heads)
+            self.model = ClusterNet(GivenFeatures(len(heads[self.head].space.mean)), heads, freeze_backbone=True)
+            self.model.load_state_dict(state["model"])
+        else:
+            self.channels, self.image_size = config.image_shape
+            self.resampling = config.data.resampling or "bilinear"
+            self.views = build_views(config)
+            in_channels = self.views.channels(self.channels)
+            self.model = build_model(config, in_channels, self.views.size, fetch_weights=False)
+            load_network(self.model, state["model"], config.clustering_heads)
         self.model.to(device, self.dtype).eval()
 
     def predict(self, images: Images) -> Prediction:
@@ -114,6 +127,8 @@ class Clusterer:
             UsageError: an array that is not (M, 1 or 3, H, W) uint8, or something else than images.
             Exception: a file that cannot be read as an image.
         """
+        if self.takes_features:
+            raise UsageError("this run is on features: give them to predict_features")
         none = torch.empty(0, self.channels, self.image_size, self.image_size, dtype=torch.uint8)
         return Prediction.join([self.predict_batch(batch) for batch in (none, *self._batches(images))])
 
@@ -126,7 +141,30 @@ class Clusterer:
         """
         images = batch.to(self.device)
         views = self.views.evaluation(images, torch.arange(len(images), device=self.device), dtype=self.dtype)
-        features = self.model.backbone(views)
+        return self._of_features(self.model.backbone(views))
+
+    @torch.no_grad()
+    def predict_features(self, features: Tensor | np.ndarray) -> Prediction:
+        """Cluster features as those that a run on features was trained on.
+
+        Args:
+            features: (M, F), floating point, in memory or mapped.
+
+        Raises:
+            UsageError: they are of another shape.
+        """
+        if isinstance(features, np.ndarray):
+            features = torch.from_numpy(features)
+        width = self.model.num_features
+        if features.ndim != 2 or features.shape[1] != width or not features.is_floating_point():
+            raise UsageError(
+                f"features of shape {tuple(features.shape)}, {features.dtype}: must be (M, {width}) floats"
+            )
+        starts = range(0, max(1, len(features)), _ROWS)
+        parts = [features[start : start + _ROWS].to(self.device, self.dtype) for start in starts]
+        return Prediction.join([self._of_features(part) for part in parts])
+
+    def _of_features(self, features: Tensor) -> Prediction:
         logits = self.model.heads[self.head](features)
         probabilities = torch.softmax(logits[:, self.selected].float(), -1)
         best = probabilities.max(-1)
@@ -145,7 +183,7 @@ class Clusterer:
         Raises:
             Exception: the file is malformed; Pillow raises many kinds.
         """
-        return to_channels(decode_image(Path(path), self.image_size), self.channels)
+        return to_channels(decode_image(Path(path), self.image_size, resampling=self.resampling), self.channels)
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         if isinstance(images, ImageSet):
@@ -168,7 +206,7 @@ class Clusterer:
         if batch.shape[-2:] == (self.image_size, self.image_size):
             return batch
         pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in to_channels(batch, 3)]
-        return torch.stack([square(picture, self.image_size) for picture in pictures])
+        return torch.stack([square(picture, self.image_size, self.resampling) for picture in pictures])
 
     def _picture(self, picture: Picture) -> Tensor:
         if isinstance(picture, str | os.PathLike):
@@ -176,7 +214,7 @@ class Clusterer:
         if not isinstance(picture, Image.Image):
             raise UsageError(f"an image as {type(picture).__name__}: must be a path or a PIL image")
         turned = ImageOps.exif_transpose(picture)
-        return to_channels(square(turned, self.image_size), self.channels)
+        return to_channels(square(turned, self.image_size, self.resampling), self.channels)
 
 
 def load(run: str | os.PathLike[str], device: str = "auto") -> Clusterer:
@@ -191,7 +229,8 @@ def load(run: str | os.PathLike[str], device: str = "auto") -> Clusterer:
     """
     folder = Path(run)
     config = settings_of(folder)
-    if not (config.data.image_size and config.data.channels and config.model.num_clusters):
+    known = config.data.name.startswith(PREFIX) or (config.data.image_size and config.data.channels)
+    if not (known and config.model.num_clusters):
         raise UsageError(
             f"{folder / CONFIG} lacks data.image_size, data.channels or model.num_clusters: train the run again"
         )

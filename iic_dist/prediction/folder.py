@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from iic_dist import distributed
 from iic_dist.data.decode import reason_for
+from iic_dist.data.features import load_features
 from iic_dist.data.listing import list_images
 from iic_dist.errors import UsageError
 from iic_dist.prediction.clusterer import Clusterer, Prediction
@@ -76,6 +77,20 @@ def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> 
         first = f"; the first, {unreadable[0][0]!a}: {unreadable[0][1]}" if unreadable else ""
         raise UsageError(f"none of the {len(unreadable)} image files in {str(root)!r} can be read{first}")
     return FolderPrediction(root, [paths[i] for i in kept], _gathered(Prediction.join(parts)), sorted(unreadable))
+
+
+def predict_rows(clusterer: Clusterer, file: Path) -> FolderPrediction:
+    """Cluster the rows of a file of features; their paths are their numbers, from 0.
+
+    Args:
+        clusterer: A run on features.
+        file: FILE.npy, (M, F).
+
+    Raises:
+        UsageError: there is no such file, or it does not hold features as the run's.
+    """
+    features = load_features(file).features
+    return FolderPrediction(file, [str(row) for row in range(len(features))], clusterer.predict_features(features), [])
 
 
 def _gathered(own: Prediction) -> Prediction:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from iic_dist import distributed
-from iic_dist.config.build import load_data
+from iic_dist.config.weights import with_weights
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.training.open import open_trainer
 from iic_dist.training.run_folder import settings_of
-from iic_dist.training.trainer import Trainer
 
 
 def evaluate_run(run: Path, place: Place, changes: Sequence[str] = (), best: bool = False) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def evaluate_run(run: Path, place: Place, changes: Sequence[str] = (), best: boo
     device = distributed.choose_device(config.run.device, place)
     distributed.use_threads(config.run.threads, place)
     distributed.start(place, device, config.run.timeout_minutes)
-    trainer = Trainer(config, load_data(config, place), place, device)
+    trainer = open_trainer(with_weights(config, place, lambda line: None), place, device)
     if not trainer.resume(run, best=best):
         which = "with a loss" if best else "that verifies"
         raise UsageError(f"--run {run}: there is no checkpoint {which} in {run / 'checkpoints'}")

@@ -44,7 +44,7 @@ class NeighbourStage:
         asked, count = config.neighbours, len(features)
         if count < 3:
             raise UsageError(f"{count} images have no neighbours to speak of: at least 3 are needed")
-        self.device, self.dtype = device, config.dtype
+        self.device, self.dtype, self.features = device, config.dtype, features
         self.space = fit_space(features, device, config.dtype, after_block)
         self.vectors = map_features(features, self.space, device, config.data.device_budget_gib)
         self.neighbours = find_neighbours(self.vectors, min(asked.k, count - 1), device, after_block)
@@ -89,6 +89,11 @@ class NeighbourStage:
             record.add(name, terms.joint, torch.zeros((), dtype=torch.bool, device=self.device))
         record.end_pass(shapes)
         return heads, record
+
+    def directions(self) -> Tensor:
+        """Return the directions of all features from their mean, (N, F) float32 on the CPU."""
+        mean = self.space.mean.detach().cpu().float()
+        return torch.nn.functional.normalize(self.features.float() - mean)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later process needs to go on, besides the same features."""

@@ -121,7 +121,7 @@ def show_clusters(
         picture = mosaics.cluster_mosaic(evaluated.images, clusters, confidence, k, doubtful=doubtful)
         monitor.image(f"clusters/{tag}", picture, step)
     if counts is not None:
-        monitor.figure("clusters/confusion", charts.confusion(counts, evaluated.class_names), step)
+        show_confusion(monitor, step, counts, evaluated.class_names)
 
 
 def show_evaluation(
@@ -132,12 +132,19 @@ def show_evaluation(
     Collective: all ranks must call; gathers an integer and a float of each image.
     """
     evaluated = evaluator.evaluated
+    assert isinstance(evaluated, ImageSet)
     clusters, confidence = evaluation.assigned.gathered(evaluation.selected)
     counts = None if evaluation.counts is None else evaluation.counts[evaluation.selected]
     show_clusters(monitor, step, evaluated, clusters, confidence, evaluation.health.num_clusters, counts)
     if monitor.enabled:
         sample = projector_sample(len(evaluated.images))
         show_embedding(monitor, step, evaluated, sample, evaluator.features(model, sample), clusters)
+
+
+def show_confusion(monitor: Monitor, step: int, counts: Tensor, class_names: Sequence[str]) -> None:
+    """Show clusters against classes: (K, C) counts of the selected sub-head."""
+    if monitor.enabled:
+        monitor.figure("clusters/confusion", charts.confusion(counts, class_names), step)
 
 
 def projector_sample(count: int) -> Tensor:
@@ -172,8 +179,10 @@ def summary(result: Mapping[str, Any]) -> str:
     lines = (
         f"{result['data']}: {result['num_images']} images, {result['num_clusters']} clusters, "
         f"{result['epochs']} epochs, {result['world_size']} rank(s), seed {result['seed']}, "
-        f"{result['train_seconds']} s of training, {result['images_per_second']} images/s"
+        f"{result['train_seconds']} s of training"
     )
+    if result["images_per_second"] is not None:
+        lines += f", {result['images_per_second']} images/s"
     if (accuracy := result["accuracy"]) is not None:
         lines += (
             f"\naccuracy {accuracy['selected']:.4f} (selected sub-head; mean {accuracy['mean']:.4f} "

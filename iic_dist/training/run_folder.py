@@ -15,6 +15,7 @@ from iic_dist.config.console import say
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.files import write_whole
+from iic_dist.training.feature_trainer import FeatureTrainer
 from iic_dist.training.resume import PREEMPTED
 from iic_dist.training.stages import STAGES
 from iic_dist.training.trainer import Trainer
@@ -62,8 +63,8 @@ CONFIG = "config.yaml"
 # What a run may be gone on with under another value of.
 MAY_CHANGE = {
     *("run.name", "run.root", "run.device", "run.threads", "run.resume", "run.timeout_minutes"),
-    *("data.root", "data.download", "data.evaluate_on", "data.cache", "data.workers", "data.relist"),
-    "data.device_budget_gib",
+    *("data.root", "data.download", "data.evaluate_on", "data.labels", "data.cache", "data.workers", "data.relist"),
+    *("data.device_budget_gib", "model.weights"),  # the digest of the weights must stay
     *("loss.impl", "views.impl", "train.epochs", "train.compile"),
     *("train.evaluate_every", "train.evaluate_batch_size", "train.max_skipped_steps"),
     *("train.checkpoint_every", "train.checkpoint_every_steps"),
@@ -73,7 +74,7 @@ MAY_CHANGE = {
 _FIXED_BY = {"neighbours": ("train.epochs", "neighbours."), "refine": ("refine.",)}
 
 
-def open_folder(config: Config, trainer: Trainer, place: Place) -> Path:
+def open_folder(config: Config, trainer: Trainer | FeatureTrainer, place: Place) -> Path:
     """Choose the folder of the run, go on from what it holds, and write what was asked; rank 0 looks and decides.
 
     Raises:

@@ -1,11 +1,9 @@
-"""The training of a run: its stages, steps and epochs, evaluation, checkpoints."""
+"""The training of a run on images: epochs, steps, and the views that go into them."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +16,22 @@ from iic_dist.config.build import RunData, build_model, build_views
 from iic_dist.config.complete import complete
 from iic_dist.data.source import ImageSource, place_images
 from iic_dist.distributed import Place
-from iic_dist.errors import UsageError
-from iic_dist.evaluation import inference, metrics
+from iic_dist.evaluation import inference
 from iic_dist.evaluation.evaluator import Evaluation, Evaluator
-from iic_dist.evaluation.health import Recommendation, recommend
-from iic_dist.evaluation.sub_heads import SubHeadRecord
-from iic_dist.files import write_whole
-from iic_dist.losses import IICTerms
 from iic_dist.losses.step import Terms
 from iic_dist.models import on_device
-from iic_dist.models.feature_heads import adopt_heads, keep_selected, load_network
+from iic_dist.models.feature_heads import keep_selected, load_network
 from iic_dist.training import report, resume, stages
-from iic_dist.training.guard import Poll
 from iic_dist.training.inputs import Inputs
 from iic_dist.training.learner import Learner
 from iic_dist.training.monitor import Monitor
-from iic_dist.training.neighbour_stage import NeighbourStage
 from iic_dist.training.schedule import Pass
-from iic_dist.training.stop import Stopping, StopSignals
+from iic_dist.training.staged import StagedRun
 
 _logger = logging.getLogger(__name__)
 
 
-class Trainer:
+class Trainer(StagedRun):
     """Trains the network of a config on the images of a run, stage by stage; every rank makes one.
 
     Args:
@@ -50,11 +41,8 @@ class Trainer:
         device: Where to compute.
 
     Attributes:
-        stage: The stage that the run is in, or has just ended.
-        course: Of the stage, where it is one of epochs.
+        course: Of the stage, where it is one of epochs, else of the one before it.
         learner: Likewise.
-        step: Steps of the run that are done, those of all stages.
-        epoch: Epochs of the run that are done.
 
     Raises:
         UsageError: the config does not fit the images or the number of ranks.
@@ -63,12 +51,11 @@ class Trainer:
     """
 
     def __init__(self, config: Config, data: RunData, place: Place, device: torch.device) -> None:
-        self.config = complete(config, data.train)
-        self.data, self.place, self.device = data, place, device
+        super().__init__(complete(config, data.train), data.train, data.evaluation, place, device)
+        self.data = data
         self.views = build_views(self.config)
         self.images = self._put_images()
         self.inputs = Inputs(self.config, self.views, self.images)
-        self.stage = "representation"
         self.course = stages.representation(self.config, place, len(data.train.images), len(self.images))
         train = self.config.train
         self.model = on_device(
@@ -81,13 +68,6 @@ class Trainer:
         self.learner = self._new_learner()
         self.sub_heads, self.restarts = self.learner.sub_heads, self.learner.stuck.restarts
         self.evaluator = self._build_evaluator()
-        self.clustering_head = self.config.heads[0]  # until an evaluation recommends one of several
-        self.poll, self.stop = Poll(device), StopSignals()
-        self.step = self.epoch = 0
-        self.train_seconds = 0.0
-        self.stage_done = False
-        self.stage_figures: dict[str, Any] = {}
-        self._neighbour_state: Mapping[str, Any] | None = None
 
     def _new_learner(self) -> Learner:
         course = self.course
@@ -119,57 +99,12 @@ class Trainer:
             dtype=self.config.dtype,
         )
 
-    def train(self, folder: Path, stop: StopSignals | None = None) -> dict[str, Any] | None:
-        """Train to the end of the last stage, evaluating and saving on the way; return what result.json holds.
+    def show_start(self, monitor: Monitor) -> None:
+        """Show some images and their views."""
+        report.show_views(monitor, 0, self.views, self.data.train.images[:8], self.device)
 
-        Args:
-            folder: Folder of the run; rank 0 writes there.
-            stop: Signals to heed: soon after any rank has received one, all of them stop at the same step, save, leave
-                a file PREEMPTED in the folder, and return None.
-
-        Raises:
-            RunError: too many steps in a row were not finite, or the last state could not be saved.
-        """
-        self.stop = stop or self.stop
-        with Monitor(folder, self.place.is_main, self.step if self.step else None) as monitor:
-            if self.step == 0:
-                report.show_views(monitor, 0, self.views, self.data.train.images[:8], self.device)
-            try:
-                result = self._train_stages(folder, monitor)
-            except Stopping:
-                resume.leave_for_later(folder, self.state_dict(), self.stop.received)
-                return None
-        if self.place.is_main:
-            write_whole(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-        return result
-
-    def _train_stages(self, folder: Path, monitor: Monitor) -> dict[str, Any]:
-        result = None
-        asked = stages.stages_of(self.config)
-        for stage in asked[asked.index(self.stage) if self.stage in asked else 0 :]:
-            if stage != self.stage:
-                self._begin(stage)
-            elif self._is_complete():
-                continue
-            self._lap_started = time.perf_counter()
-            if stage == "neighbours" and self.stage_done:  # stopped while its heads were evaluated
-                with self._progress(0, 0, "step") as bar:
-                    result = self._evaluate_and_show(monitor, bar, stage, True)
-            elif stage == "neighbours":
-                result = self._train_on_neighbours(folder, monitor)
-            else:
-                result = self._train_epochs(folder, monitor)
-        return result or self.evaluate()
-
-    def _is_complete(self) -> bool:
-        """Whether the stage has ended, and nothing is missing: more epochs asked for, or its figures."""
-        if self.stage == "neighbours":
-            return self.stage_done and "seconds" in self.stage_figures.get(self.stage, {})
-        return self.stage_done and not (self.stage == "representation" and self.epoch < self.course.last_epoch)
-
-    def _begin(self, stage: str) -> None:
-        """Make what a stage needs, from what the one before it has left."""
-        self.stage, self.stage_done = stage, False
+    def begin(self, stage: str) -> None:
+        """Go on with the selected sub-heads of the new heads."""
         if stage == "refine":
             keep_selected(self.model, {head: self.sub_heads.selected(head) for head in self.config.clustering_heads})
             self._open_refine(self.step)
@@ -179,10 +114,11 @@ class Trainer:
         for head in set(self.model.heads) - set(self.course.config.heads):
             del self.model.heads[head]
         self.learner = self._new_learner()
+        self.inputs.neighbours = self.neighbours
         self.sub_heads, self.restarts = self.learner.sub_heads, {}
 
-    def _train_epochs(self, folder: Path, monitor: Monitor) -> dict[str, Any] | None:
-        """Train the epochs of the course that are not done yet; return the last evaluation, if there was one."""
+    def train_epochs(self, folder: Path, monitor: Monitor) -> dict[str, Any] | None:
+        """Train the epochs of the course that are not done yet."""
         train, result, last = self.config.train, None, self.course.last_epoch
         total, done = self.course.total_steps, self.step - self.course.first_step
         with self._progress(total, done, "step") as bar:
@@ -204,10 +140,6 @@ class Trainer:
         """Whether a clustering head has been trained so far; a warm-up may take the whole first stage."""
         return all(self.sub_heads.losses[head].isfinite().any() for head in self.config.clustering_heads)
 
-    def _progress(self, total: int, done: int, unit: str) -> tqdm[Any]:
-        hidden = not (self.place.is_main and self.config.monitor.progress)
-        return tqdm(total=total, initial=done, disable=hidden, unit=unit, dynamic_ncols=True)
-
     def _train_epoch(self, folder: Path, monitor: Monitor, bar: tqdm[Any]) -> None:
         """Take the steps of the epoch that are not done yet."""
         self.model.train()
@@ -227,14 +159,6 @@ class Trainer:
             self.learner.guard.heed(leave=0)
         finally:
             self._lap()
-
-    def _lap(self) -> None:
-        """Add the time since the last lap to the seconds of training."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # so that the seconds are those of the work
-        now = time.perf_counter()
-        self.train_seconds += now - self._lap_started
-        self._lap_started = now
 
     def _log(self, monitor: Monitor, bar: tqdm[Any], each: Pass, terms: Terms, steps_per_second: float) -> None:
         """Read the numbers of the last step, and so wait for the device."""
@@ -283,40 +207,8 @@ class Trainer:
             if self.place.is_main:
                 _logger.warning("epoch %d: %s", self.epoch + 1, line)
 
-    def _train_on_neighbours(self, folder: Path, monitor: Monitor) -> dict[str, Any]:
-        """Give the network new clustering heads, trained on neighbours in its features."""
-        asked = self.config.neighbours
-        stage = self._open_neighbours()
-        first_step, every = self.step - stage.training.step, self.config.train.checkpoint_every_steps
-        with self._progress(asked.steps, stage.training.step, "step") as bar:
-
-            def after_each(step: int, terms: Mapping[str, IICTerms]) -> None:
-                self.step, self._neighbour_state = first_step + step, stage.state_dict()
-                bar.update()
-                if step % self.config.monitor.log_every == 0:
-                    self._log_neighbours(monitor, bar, terms)
-                if step == asked.steps:  # the checkpoint of this step is that of the finished heads
-                    return
-                self._heed()
-                if every and step % every == 0:
-                    self._lap()
-                    resume.save(folder, self.state_dict())
-
-            stage.run(after_each)
-            heads, self.sub_heads = stage.finish()
-            self._neighbour_state, self.restarts, self.stage_done = None, {}, True
-            adopt_heads(self.model, heads)
-            self._lap()
-            share = self._kmeans(stage)
-            self.stage_figures["neighbours"] = {} if share is None else {"kmeans_accuracy": share}
-            result = self._evaluate_and_show(monitor, bar, "neighbours", True)
-            if share is not None:
-                bar.write(f"neighbours: accuracy {share:.4f} by k-means on the same features")
-        resume.save_last(folder, self.state_dict())
-        return result
-
-    def _open_neighbours(self) -> NeighbourStage:
-        """Find the features of all training images and their neighbours, and go on from what was saved."""
+    def features(self) -> Tensor:
+        """Return the features of all training images, (N, F) on the CPU; all ranks share the work."""
         count = len(self.data.train.images)
         with self._progress(count, 0, "image") as bar:
             bar.set_description("features", refresh=False)
@@ -325,7 +217,7 @@ class Trainer:
                 bar.update(min(images * self.place.world_size, count - bar.n))
                 self._heed()
 
-            features = inference.all_features(
+            return inference.all_features(
                 self.model,
                 self.views,
                 self.images,
@@ -334,153 +226,31 @@ class Trainer:
                 dtype=self.config.dtype,
                 after_each=after_each,
             )
-        stage = NeighbourStage(self.config, features, self.device, lambda images: self._heed())
-        self.inputs.neighbours = stage.neighbours
-        if self._neighbour_state is not None:
-            stage.load_state_dict(self._neighbour_state)
-        return stage
 
-    def _log_neighbours(self, monitor: Monitor, bar: tqdm[Any], terms: Mapping[str, IICTerms]) -> None:
-        numbers: dict[str, Tensor] = {}
-        for head, value in terms.items():
-            numbers |= {f"loss/{head}": value.loss.mean(), **report.head_numbers(head, value)}
-        values = report.to_host(numbers)
-        monitor.scalars(self.step, values)
-        bar.set_description("neighbours", refresh=False)
-        bar.set_postfix({head: f"{values[f'loss/{head}']:.3f}" for head in terms}, refresh=False)
+    def show_clusters(self, monitor: Monitor, evaluation: Evaluation) -> None:
+        """Show what is in the clusters, and some images by their features."""
+        report.show_evaluation(monitor, self.step, self.evaluator, evaluation, self.model)
 
-    def _kmeans(self, stage: NeighbourStage) -> float | None:
-        """Return the accuracy of k-means on the vectors of the stage; None without labels or on other ranks than 0."""
-        labels = self.data.train.labels
-        if labels is None or not self.place.is_main:
-            return None
-        k = self.config.clustering_heads[self.clustering_head]
-        return metrics.kmeans_accuracy(stage.vectors.cpu(), labels, k)
-
-    def _heed(self) -> None:
-        """End the stage here where any rank was asked to stop."""
-        if self.poll.stop(self.stop.received is not None):
-            raise Stopping
-
-    def _evaluate(self) -> tuple[dict[str, Evaluation], Recommendation]:
-        """Evaluate the network head by head, and choose a clustering head."""
-        evaluations = self.evaluator.evaluate(self.model, self.sub_heads, self.restarts, self._heed)
-        recommendation = recommend([evaluations[head].health for head in self.config.clustering_heads])
-        self.clustering_head = recommendation.chosen.head
-        return evaluations, recommendation
-
-    def _result(
-        self, evaluations: Mapping[str, Evaluation], recommendation: Recommendation, epochs: int
-    ) -> dict[str, Any]:
-        chosen = recommendation.chosen
-        seen = self.config.data.batch_size * self.step
-        return {
-            "data": self.data.evaluation.name,
-            "num_images": len(self.data.evaluation.images),
-            "num_clusters": chosen.num_clusters,
-            "epochs": epochs,
-            "world_size": self.place.world_size,
-            "seed": self.config.run.seed,
-            **self.evaluator.figures(evaluations[chosen.head]),
-            "images_per_second": round(seen / self.train_seconds, 1) if self.train_seconds else None,
-            "train_seconds": round(self.train_seconds, 2),
-            "skipped_steps": self.learner.guard.skipped,
-            "collapsed_sub_heads": self.sub_heads.collapsed,
-            "choices": recommendation.as_json(),
-            "stages": self.stage_figures,
-        }
-
-    def evaluate(self) -> dict[str, Any]:
-        """Evaluate the network as it is; return the contents of result.json.
-
-        Collective: all ranks must call; the figures do not depend on their number.
-        """
-        return self._result(*self._evaluate(), self.epoch)
-
-    def _evaluate_and_show(self, monitor: Monitor, bar: tqdm[Any], when: str, last: bool) -> dict[str, Any]:
-        """Evaluate and show it.
-
-        Args:
-            when: For a person.
-            last: Whether the stage ends here.
-        """
-        evaluations, recommendation = self._evaluate()
-        figures = self.evaluator.figures(evaluations[recommendation.chosen.head])
-        if last:
-            more = {**figures, "seconds": round(self.train_seconds, 2)}
-            self.stage_figures[self.stage] = self.stage_figures.get(self.stage, {}) | more
-        epochs = self.epoch + (self.stage != "neighbours")
-        result = self._result(evaluations, recommendation, epochs)
-        health = [evaluation.health for evaluation in evaluations.values()]
-        monitor.scalars(self.step, report.health_numbers(health) | report.result_numbers(result))
-        for line in [each.line() for each in health] + report.result_lines(result, recommendation):
-            if self.place.is_main:
-                bar.write(f"{when}: {line}")
-        every = self.config.monitor.pictures_every
-        if last or (every and epochs % every == 0):
-            shown = evaluations[self.clustering_head]
-            report.show_evaluation(monitor, self.step, self.evaluator, shown, self.model)
-            report.show_choices(monitor, self.step, recommendation)
-        return result
-
-    def resume(self, folder: Path, *, best: bool = False) -> bool:
-        """Go on from the newest checkpoint that verifies; return whether there was one.
-
-        Args:
-            folder: Of the run.
-            best: Take the one of lowest loss instead.
-
-        Raises:
-            UsageError: it is not of this network.
-
-        Collective: all ranks must call; rank 0 reads for all.
-        """
-        state = resume.load(folder, best=best)
-        if state is None:
-            return False
-        try:
-            self.load_state_dict(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(f"{folder}: its checkpoint is not of this network: {reason}") from error
-        return True
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were not finite."""
+        return self.learner.guard.skipped
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs to go on: tensors and plain values alone."""
-        state: dict[str, Any] = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "train_seconds": self.train_seconds,
-            "clustering_head": self.clustering_head,
-            "stage": self.stage,
-            "stage_done": self.stage_done,
-            "stage_figures": self.stage_figures,
-            "first_step": self.course.first_step,
-            "neighbours": None if self.inputs.neighbours is None else self.inputs.neighbours.int(),
-            "neighbour_state": self._neighbour_state,
-            **self.learner.state_dict(),
-        }
+        state = {**self.common_state(), "first_step": self.course.first_step, **self.learner.state_dict()}
         if self.stage == "neighbours" and self.stage_done:  # the learner is that of the stage before
             state |= {"model": self.model.state_dict(), "optimizer": None, "sub_heads": self.sub_heads.state_dict()}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken; states of runs without stages are those of the first one."""
-        self.stage, self.stage_done = state.get("stage", "representation"), state.get("stage_done", False)
-        self.step, self.epoch = state["step"], state["epoch"]
-        self.train_seconds = state["train_seconds"]
-        self.clustering_head = state["clustering_head"]
-        self.stage_figures = state.get("stage_figures", {})
-        neighbours = state.get("neighbours")
-        self.inputs.neighbours = None if neighbours is None else neighbours.long()
-        self._neighbour_state = state.get("neighbour_state")
-        if self.stage == "refine":
+        self.load_common_state(state)
+        if self.stage == "refine" or (self.stage == "neighbours" and self.stage_done):
             load_network(self.model, state["model"], self.config.clustering_heads)
+        if self.stage == "refine":
             self._open_refine(state["first_step"])
         if self.stage == "neighbours" and self.stage_done:
-            load_network(self.model, state["model"], self.config.clustering_heads)
-            self.sub_heads = SubHeadRecord(self.model.shapes, {}, self.device, torch.float64)
-            self.sub_heads.load_state_dict(state["sub_heads"])
-            self.restarts = {}
+            self.load_record(state)
         else:
             self.learner.load_state_dict(state)

@@ -107,3 +107,14 @@ def test_a_chunk_knows_whether_it_has_colour(tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     with decode.decoded_files(tmp_path, names, 4) as chunks:
         assert [chunk.has_colour for chunk in chunks] == [False, True]
+
+
+def test_bicubic_is_pillows(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, size=(50, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    for name, filter in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+        expected = np.asarray(Image.fromarray(pixels).resize((33, 33), filter, box=(20, 0, 70, 50)))
+        decoded = decode.decode_image(tmp_path / "x.png", 33, resampling=name)
+        assert np.array_equal(decoded.permute(1, 2, 0), expected)
+        with decode.decoded_files(tmp_path, ["x.png"], 33, resampling=name) as chunks:
+            assert np.array_equal(next(iter(chunks)).images[0].transpose(1, 2, 0), expected)

@@ -166,12 +166,14 @@ def test_pretrained_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_weights_that_cannot_be_fetched_are_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
     def refuse(*args: object, **kwargs: object) -> None:
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.urlopen", refuse)
-    with pytest.raises(UsageError, match=r"'mobilenet_v2' could not be fetched .*no route to host") as error:
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(UsageError, match=r"weights of mobilenet_v2 .*could not be fetched .*no route to host") as error:
         build_backbone("mobilenet_v2", in_channels=3, image_size=32, pretrained=True)
     assert "\n" not in str(error.value)
 
@@ -179,7 +181,7 @@ def test_weights_that_cannot_be_fetched_are_a_usage_error(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "resnt18"}, r"unknown backbone 'resnt18': use small_cnn, .*near it: resnet18"),
+        ({"name": "resnt18"}, r"unknown backbone 'resnt18': use small_cnn, .*timm/NAME; near it: resnet18"),
         ({"name": "fasterrcnn_resnet50_fpn"}, "unknown backbone"),  # torchvision's, but no classifier
         ({"name": "small_cnn", "norm": "layer"}, "norm is 'layer': use one of batch, group, none"),
         ({"name": "small_cnn", "pretrained": True}, "'small_cnn' has no pretrained weights"),

@@ -22,6 +22,7 @@ from iic_dist.models import SubHeads
 from iic_dist.prediction.clusterer import load
 from iic_dist.prediction.folder import FolderPrediction, predict_folder
 from iic_dist.training import resume
+from iic_dist.training.features import load_run_features
 from iic_dist.training.stuck import StuckSubHeads
 from iic_dist.training.trainer import Trainer
 
@@ -252,3 +253,21 @@ def restarted_weights(rank: int, group: dist.ProcessGroup | None) -> tuple[Tenso
     losses[1 + min(rank, 2)] = -1.0
     watched.end_pass(["clustering"], {"clustering": losses}, 3)
     return head.linear.weight.detach(), watched.restarts["clustering"]
+
+
+def frozen_features(rank: int, group: dist.ProcessGroup, config: str, folder: str, machines: int) -> tuple[Any, ...]:
+    """Return what a rank gets of the features of a folder, and the file that they are mapped from.
+
+    Each machine has a cache of its own under `folder`.
+    """
+    world_size = distributed.world_size()
+    local = world_size // machines
+    asked = Path(folder) / f"{rank}.yaml"
+    asked.write_text(config)
+    cache = Path(folder) / f"machine-{rank // local}"
+    place = Place(rank, world_size, rank % local, local)
+    found = load_run_features(parse(["--config", str(asked), "--data.cache", str(cache)]), place, torch.device("cpu"))
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = next((line.split()[-1] for line in maps if line.endswith(".features")), "")
+    train = found.train
+    return train.checksum, train.features.clone(), train.paths, found.unreadable, mapped

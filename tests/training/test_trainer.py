@@ -237,7 +237,8 @@ def test_a_prior_is_read_into_the_config_and_reaches_the_loss(tmp_path: Path, mo
         )
     )
     assert read.config.loss.prior == listed.config.loss.prior == list(range(1, 11))
-    steps = [trainer.train_step(trainer.course.schedule.passes(0)[0], 0) for trainer in (plain, read, listed, free, alone)]
+    trainers = (plain, read, listed, free, alone)
+    steps = [trainer.train_step(trainer.course.schedule.passes(0)[0], 0) for trainer in trainers]
     clustering, over = ([step[head].loss for step in steps] for head in ("clustering", "overclustering"))
     assert torch.equal(clustering[1], clustering[2])
     assert torch.equal(clustering[3], clustering[4])
@@ -258,6 +259,7 @@ def test_the_batch_size_must_divide_by_the_ranks() -> None:
 def test_a_compiled_network_trains_alike() -> None:
     plain, compiled = digits_trainer(), digits_trainer("--train.compile", "true")
     for step in range(2):
-        pairs = zip(*(losses_of(t.train_step(t.course.schedule.passes(0)[0], step)) for t in (plain, compiled)), strict=True)
+        terms = [t.train_step(t.course.schedule.passes(0)[0], step) for t in (plain, compiled)]
+        pairs = zip(*map(losses_of, terms), strict=True)
         for one, other in pairs:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
