@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,14 @@ def frozen_features(rank: int, group: dist.ProcessGroup, config: str, folder: st
     mapped = next((line.split()[-1] for line in maps if line.endswith(".features")), "")
     train = found.train
     return train.checksum, train.features.clone(), train.paths, found.unreadable, mapped
+
+
+def all_stages(rank: int, group: dist.ProcessGroup | None, arguments: list[str]) -> dict[str, Any]:
+    """Train through all stages on all ranks of the default group; return the weights and the figures of each stage."""
+    trainer = small_trainer(rank, arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        result = trainer.train(Path(folder))
+    assert result is not None
+    figures = {stage: {**of, "seconds": 0, "kmeans_accuracy": 0} for stage, of in result["stages"].items()}
+    weights = torch.cat([value.detach().double().flatten() for value in trainer.model.parameters()])
+    return {"weights": weights, "stages": figures}
