@@ -31,7 +31,7 @@ _HEAD = "clustering"
 _ROWS = 8192  # rows that are looked at together
 
 
-class IICClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
+class IICClustering(ClusterMixin, BaseEstimator):
     """Clusters features by linear heads that put each row and its nearest neighbours into one cluster.
 
     What stage *neighbours* of a run does: a projection in which rows are most like their neighbours, the nearest
@@ -206,7 +206,8 @@ class IICClustering(ClusterMixin, BaseEstimator):  # type: ignore[misc]
             training.train_step()
         selected = int(training.judge()[_HEAD].loss.argmin())
         sub_heads = self._clusters(training.heads[_HEAD], vectors, device)
-        head = _by_size(training.finished(space)[_HEAD].alone(selected), sub_heads[:, selected])
+        with torch.random.fork_rng(devices=[]):  # modules draw first weights
+            head = _by_size(training.finished(space)[_HEAD].alone(selected), sub_heads[:, selected])
         self._network = nn.Sequential(lift, head).cpu().requires_grad_(False)
         return sub_heads.numpy(), selected
 
