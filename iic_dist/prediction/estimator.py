@@ -206,7 +206,8 @@ class IICClustering(ClusterMixin, BaseEstimator):
             training.train_step()
         selected = int(training.judge()[_HEAD].loss.argmin())
         sub_heads = self._clusters(training.heads[_HEAD], vectors, device)
-        head = _by_size(training.finished(space)[_HEAD].alone(selected), sub_heads[:, selected])
+        with torch.random.fork_rng(devices=[]):  # modules draw first weights
+            head = _by_size(training.finished(space)[_HEAD].alone(selected), sub_heads[:, selected])
         self._network = nn.Sequential(lift, head).cpu().requires_grad_(False)
         return sub_heads.numpy(), selected
 
