@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from iic_dist.config import Config
 from iic_dist.config.command_line import parse
 from iic_dist.config.weights import with_weights
+from iic_dist.data.cache import locked
 from iic_dist.data.device import DeviceImages
 from iic_dist.data.host import HostImages
 from iic_dist.distributed import Place
@@ -181,6 +182,20 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert torch.equal(again.features, first.features)
     assert "features cannot be kept in" in caplog.text
     assert again.checksum == first.checksum
+
+
+def test_two_runs_at_once_do_not_wait_for_each_other(
+    photographs: Path, weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that waited in the lock would leave the other ranks in a collective."""
+    config = config_of(f"folder:{photographs}", weights, tmp_path / "cache")
+    first = load_run_features(config, Place(), CPU).train.features.clone()
+    (kept,) = (tmp_path / "cache").glob("*.features")
+    kept.unlink()
+    with locked(kept.with_name(f"{kept.name}.part")):
+        assert torch.equal(load_run_features(config, Place(), CPU).train.features, first)
+    assert "another run makes them" in caplog.text
+    assert not kept.exists()
 
 
 def test_batches_and_workers_do_not_matter(photographs: Path, weights: Path) -> None:
