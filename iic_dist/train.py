@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -11,6 +13,7 @@ from iic_dist.config import Config
 from iic_dist.config.command_line import parse
 from iic_dist.config.console import errors_in_one_line, log_to_console, say
 from iic_dist.config.folder import choose
+from iic_dist.config.same import check_same
 from iic_dist.config.weights import with_weights
 from iic_dist.data.image_set import ImageSet
 from iic_dist.distributed import Place
@@ -50,14 +53,24 @@ def compare_with_kmeans(trainer: Trainer | FeatureTrainer, num_clusters: int) ->
         print(f"accuracy {share:.4f} by k-means on the pixels", flush=True)
 
 
-def train(config: Config, place: Place, stop: StopSignals) -> None:
+def train(config: Config, place: Place, stop: StopSignals, chosen: Set[str] = frozenset()) -> None:
     """Run the whole training of a config on this rank.
+
+    Args:
+        config: What this rank was asked for; rank 0's counts.
+        place: This rank.
+        stop: Signals to heed.
+        chosen: Names "group.field" that were chosen from the images, where ranks may have seen other ones.
+
+    Raises:
+        UsageError: something cannot be had or does not fit, or the ranks were asked for different things.
 
     Collective: all ranks must call.
     """
     device = distributed.choose_device(config.run.device, place)
     distributed.use_threads(config.run.threads, place)
     distributed.start(place, device, config.run.timeout_minutes)
+    check_same(config, chosen)
     config = with_weights(distributed.broadcast(config), place, partial(say, place))
     losses = choose_losses(config, device)
     trainer = open_trainer(config, place, device)
@@ -81,8 +94,15 @@ def main() -> None:
     """
     log_to_console()
     place = Place.from_environment()
+    chosen: set[str] = set()
+
+    def choosing(config: Config, asked: frozenset[str]) -> dict[str, Any]:
+        found = choose(config, asked, say=partial(say, place), main=place.is_main)
+        chosen.update(found.keys() - asked)
+        return found
+
     with StopSignals() as stop, errors_in_one_line(place):
-        train(parse(choose=partial(choose, say=partial(say, place), main=place.is_main)), place, stop)
+        train(parse(choose=choosing), place, stop, chosen)
 
 
 if __name__ == "__main__":

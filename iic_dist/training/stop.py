@@ -1,17 +1,19 @@
-"""SIGTERM and SIGUSR1: a wish to stop, which a run fulfils between two steps."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: a wish to stop, which a run fulfils between two steps."""
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """Takes note of SIGTERM and SIGUSR1 while it is entered, instead of dying of them.
+    """Takes note of SIGTERM, SIGUSR1 and SIGINT while it is entered, instead of dying of them.
 
-    torchrun, Slurm and Kubernetes send one of them some time before they kill.
+    torchrun, Slurm and Kubernetes send one of the first two some time before they kill; Ctrl-C is SIGINT, and a second
+    one ends the process at once.
 
     Attributes:
         received: Name of the first signal that came, or None.
@@ -19,8 +21,16 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._interrupted = False
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._interrupted = True
+            if os.environ.get("RANK", "0") == "0":  # one line, and none that a handler must not take a lock for
+                os.write(2, b"\nstopping after this step, and saving; Ctrl-C again ends at once, without saving\n")
         self.received = self.received or signal.Signals(number).name
 
     def __enter__(self) -> StopSignals:

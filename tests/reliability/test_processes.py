@@ -87,14 +87,16 @@ def test_a_run_that_is_asked_to_stop_ten_times_saves_and_goes_on_bit_for_bit(tmp
     assert_equal(final_state(run.folder), undisturbed(tmp_path / "undisturbed", *options))
 
 
-def test_one_process_without_torchrun_stops_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_one_process_without_torchrun_stops_too(number: signal.Signals, tmp_path: Path) -> None:
     with Run(tmp_path, "--train.epochs", "500", ranks=0) as run:
         run.wait_for(2)
-        run.process.send_signal(signal.SIGUSR1)
+        run.process.send_signal(number)
         assert run.end() == 0, run.output
     note = json.loads((run.folder / "PREEMPTED").read_text())
-    assert note == {"step": final_state(run.folder)["step"], "epoch": note["step"] // 7, "signal": "SIGUSR1"}
+    assert note == {"step": final_state(run.folder)["step"], "epoch": note["step"] // 7, "signal": number.name}
     assert "stopped and saved after step" in run.output
+    assert "Traceback" not in run.output
     assert not (run.folder / "result.json").exists()
 
 
