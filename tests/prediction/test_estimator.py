@@ -53,6 +53,7 @@ def fitted(digits: tuple[np.ndarray, np.ndarray]) -> IICClustering:
 
 
 # No check is expected to fail. The one on array API inputs is skipped where SCIPY_ARRAY_API is not set, as for KMeans.
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @parametrize_with_checks([IICClustering(n_steps=200), IICClustering(n_steps=200, kernel="cosine", n_init=1)])
 def test_scikit_learns_checks(estimator: IICClustering, check: Any) -> None:
     check(estimator)
