@@ -59,7 +59,7 @@ SHAPE: dict[str, Any] = {
     "sub_heads": 5,
     "embedding": 128,
 }
-"""Of the preset cifar10, as counted: a ResNet-18 and its heads."""
+"""A ResNet-18 and all three heads, as counted: a joint step on CIFAR-10."""
 NETWORKS = {
     # 80 % of the data sheet: NVLink 4 450 GB/s each way; InfiniBand NDR 8 x 50 GB/s a node; Ethernet 12.5 GB/s a node.
     "InfiniBand, 8 x 400 Gb/s a node": (360e9, 320e9, 2e-6, 6e-6),

@@ -42,14 +42,18 @@ COMMON = [
     *("--monitor.progress", "false", "--train.precision", "float32", "--train.channels_last", "false"),
     *("--train.contrastive_warmup_epochs", "0"),  # every step trains all heads
 ]
+COLOUR = [
+    *("--config", "cifar10", "--model.num_overclusters", "70", "--loss.temperature", "0.5"),
+    *("--optim.name", "adamw", "--optim.lr", "1e-3"),
+]
 CASES = {
     "digits, 8 px, small CNN, batch 128": ["--config", "digits"],
     "32 px colour, small CNN, batch 128": [
-        *("--config", "cifar10", "--model.backbone", "small_cnn", "--data.batch_size", "128"),
+        *(*COLOUR, "--model.backbone", "small_cnn", "--data.batch_size", "128"),
     ],
-    "32 px colour, ResNet-18, batch 32": ["--config", "cifar10", "--data.batch_size", "32"],
+    "32 px colour, ResNet-18, batch 32": [*COLOUR, "--data.batch_size", "32"],
     "32 px colour, ResNet-18, 3 repeats, batch 16": [
-        *("--config", "cifar10", "--data.batch_size", "16", "--views.repeats", "3"),
+        *(*COLOUR, "--data.batch_size", "16", "--views.repeats", "3"),
     ],
 }
 STEPS = 4

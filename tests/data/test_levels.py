@@ -94,7 +94,7 @@ def test_the_next_batch_of_a_pass_is_asked_for_while_this_one_trains(pictures: P
 
     config = parse(folder_options(pictures))
     trainer = Trainer(config, load_data(config, Place()), Place(), torch.device("cpu"))
-    trainer.images = Noted(trainer.data.train.images, torch.device("cpu"))
+    trainer.images = trainer.inputs.images = Noted(trainer.data.train.images, torch.device("cpu"))
     [each] = trainer.course.schedule.passes(0)
     for position in range(each.steps):
         trainer.train_step(each, position)
