@@ -77,7 +77,7 @@ def training(vectors: Tensor, near: Tensor, **changes: Any) -> NeighbourTraining
 def trained(
     rank: int, group: dist.ProcessGroup | None, vectors: Tensor, near: Tensor, changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Train heads to the end; return the images of each step, losses, weights and the verdict, judged in small parts."""
+    """Train heads to the end; return the images of each step, losses, weights and the verdict of small parts."""
     heads = training(vectors, near, **changes)
     images, losses = [], []
     while heads.step < heads.settings.steps:

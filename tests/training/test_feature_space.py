@@ -141,9 +141,7 @@ def test_neighbours_are_those_of_scikit_learn_on_any_number_of_ranks(
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_neighbours_of_duplicates_are_the_same_on_any_number_of_ranks(
-    pools: dict[int, Ranks], world_size: int
-) -> None:
+def test_neighbours_of_duplicates_are_the_same_on_any_number_of_ranks(pools: dict[int, Ranks], world_size: int) -> None:
     """Ties go by the lower index, and products round in the same way, in float32 too."""
     vectors = torch.cat([unit_rows(25, 6)] * 3).float()
     [one] = on(1, pools, neighbour_tasks.neighbours_of, vectors, 8, 16)

@@ -63,7 +63,9 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(report, picture, lambda *arguments: None)
 
 
-def run_and_keep_states(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[Trainer, dict, list[Path]]:
+def run_and_keep_states(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str
+) -> tuple[Trainer, dict, list[Path]]:
     """Train to the end and save after every step, each state in a folder of its own."""
     saved: list[Path] = []
     keep = resume.save
@@ -228,7 +230,9 @@ def test_the_last_stage_trains_the_network_and_the_selected_sub_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _, saved = run_and_keep_states(tmp_path, monkeypatch, *TOWARDS["neighbours"])
-    [before] = [state for state in map(state_in, saved) if (state["stage"], state["stage_done"]) == ("neighbours", True)]
+    [before] = [
+        state for state in map(state_in, saved) if (state["stage"], state["stage_done"]) == ("neighbours", True)
+    ]
     assert list(whole.model.heads) == ["clustering", "contrastive"]
     head = whole.model.heads["clustering"]
     assert isinstance(head, FeatureSubHeads)
@@ -243,11 +247,13 @@ def test_the_last_stage_trains_the_network_and_the_selected_sub_heads(
 
 
 @pytest.mark.parametrize("stage", ["neighbours", "refine"])
-@pytest.mark.parametrize("wrong", ["backbone.convs.0.weight", "heads.clustering.linear.weight", "heads.clustering.space.shift"])
+@pytest.mark.parametrize(
+    "wrong", ["backbone.convs.0.weight", "heads.clustering.linear.weight", "heads.clustering.space.shift"]
+)
 def test_a_checkpoint_of_another_network_is_one_line(
     stage: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _, saved = run_and_keep_states(tmp_path, monkeypatch)
+    _, _, saved = run_and_keep_states(tmp_path, monkeypatch)
     [state] = [state for state in map(state_in, saved) if (state["stage"], state["stage_done"]) == (stage, True)]
     if wrong not in state["model"]:
         wrong = next(name for name in state["model"] if name.startswith("backbone") and name.endswith("weight"))
