@@ -29,7 +29,7 @@ def check(config: Config) -> None:
     refine = config.refine
     if refine.epochs and not config.neighbours.steps:
         raise UsageError(
-            f"refine.epochs={refine.epochs}: refines the heads that neighbours.steps trains; set it, e.g. to 1000"
+            f"refine.epochs={refine.epochs}: refines heads that neighbours.steps trains; set --neighbours.steps 1000"
         )
     _require(refine.confidence < 1, "refine.confidence", refine.confidence, "below 1")
 

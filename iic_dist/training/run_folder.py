@@ -107,7 +107,7 @@ Change = tuple[str, object, object]
 
 
 def _look(folder: Path, config: Config) -> tuple[str | None, list[Change]]:
-    """Say why the run in a folder cannot be gone on with under a config, if so; list what the config says otherwise."""
+    """Say why the run in a folder cannot be gone on with under this config, if so, and list what this changes."""
     if not (folder / CONFIG).exists():
         return None, []
     if config.run.resume == "never":
@@ -133,7 +133,8 @@ def _too_late(folder: Path, stage: str, changed: Sequence[Change]) -> str | None
     for begun in STAGES[: STAGES.index(stage) + 1]:
         for name, before, now in changed:
             if name.startswith(_FIXED_BY.get(begun, ())):
-                return f"{folder} has begun {begun} with {name}={before!r}, not {now!r}: choose another --run.name"
+                past = f"{folder} is past the start of {begun} with {name}={before!r}"
+                return f"{past}, not {now!r}: choose another --run.name"
     return None
 
 

@@ -326,7 +326,7 @@ def test_what_a_stage_was_trained_with_stays(
 
 
 def test_refinement_without_new_heads_is_one_line() -> None:
-    with pytest.raises(UsageError, match="^refine.epochs=2: refines the heads that neighbours.steps trains"):
+    with pytest.raises(UsageError, match="^refine.epochs=2: refines heads that neighbours.steps trains"):
         parse(["--refine.epochs", "2", "--neighbours.steps", "0"])
     with pytest.raises(UsageError, match="^refine.confidence=1.0: must be below 1"):
         parse(["--refine.confidence", "1"])
