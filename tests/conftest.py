@@ -60,6 +60,30 @@ def gray_run(tmp_path_factory: pytest.TempPathFactory, gray_images: Path) -> Pat
     return small_runs.train_on(gray_images, tmp_path_factory.mktemp("runs"), *options)
 
 
+STAGED = [
+    "--train.epochs",
+    "2",
+    "--neighbours.steps",
+    "60",
+    "--neighbours.batch_size",
+    "45",
+    "--neighbours.sub_heads",
+    "4",
+]
+
+
+@pytest.fixture(scope="session")
+def neighbour_run(tmp_path_factory: pytest.TempPathFactory, gray_images: Path) -> Path:
+    """A run on them whose last heads are those on features: four sub-heads."""
+    return small_runs.train_on(gray_images, tmp_path_factory.mktemp("runs"), *STAGED)
+
+
+@pytest.fixture(scope="session")
+def refined_run(tmp_path_factory: pytest.TempPathFactory, gray_images: Path) -> Path:
+    """A run on them that has gone through all stages: one sub-head is left."""
+    return small_runs.train_on(gray_images, tmp_path_factory.mktemp("runs"), *STAGED, "--refine.epochs", "1")
+
+
 @pytest.fixture(scope="session")
 def colour_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three clusters on 30 images of 12 x 12 in colour."""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from ranks import Ranks
 
-from iic_dist import choose, train
+from iic_dist import choose, load, train
 from iic_dist.config.build import build_model, load_data
 from iic_dist.config.command_line import parse
 from iic_dist.config.complete import complete
@@ -68,6 +68,28 @@ def test_a_run_with_several_k_recommends_one_and_choose_repeats_it(
 
     _, error = call(choose, "choose", ["--run", "runs/none"], monkeypatch, capsys)
     assert error == "error: runs/none: not a run, there is no runs/none/config.yaml\n"
+
+
+def test_several_k_are_compared_by_the_heads_on_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every K gets new heads, and all commands take those: three of the training's sub-heads, five of theirs."""
+    monkeypatch.chdir(tmp_path)
+    later = ["--neighbours.steps", "20", "--neighbours.batch_size", "256", "--neighbours.sub_heads", "5"]
+    options = [*SMALL, *later, "--model.num_clusters", "4,10,6", "--run.name", "several", "--train.epochs", "1"]
+    said, _ = call(train, "train", options, monkeypatch, capsys)
+    folder = tmp_path / "runs" / "several"
+    result = json.loads((folder / "result.json").read_text())
+    assert [choice["num_clusters"] for choice in result["choices"]] == [4, 6, 10]
+    assert all(choice["compared"] == 5 for choice in result["choices"])
+    assert f"K = {result['num_clusters']} is recommended: " in said
+    said, _ = call(choose, "choose", ["--run", str(folder)], monkeypatch, capsys)
+    for choice in result["choices"]:
+        (row,) = [line for line in said.splitlines() if line.split()[:1] == [str(choice["num_clusters"])]]
+        assert f"{choice['agreement']:.3f} ± {choice['agreement_error']:.3f}" in row
+    run = load(folder, "cpu")
+    assert run.num_clusters == result["num_clusters"]
+    assert run.model.shapes == {f"clustering_{k}": (5, k) for k in (4, 10, 6)}
 
 
 def test_a_run_with_one_k_leaves_nothing_to_choose(

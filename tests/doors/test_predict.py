@@ -57,6 +57,19 @@ def test_the_table_is_what_python_says(
     assert f"written: {tmp_path / 'c.csv'}, {tmp_path / 'e.npy'}" in said
 
 
+def test_table_and_page_of_a_run_of_later_stages(
+    neighbour_run: Path, gray_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = ("--output", tmp_path / "c.csv", "--embeddings", tmp_path / "e.npy", "--gallery", tmp_path / "g.html")
+    call(monkeypatch, "--run", neighbour_run, "--images", gray_images, *outputs)
+    rows = table(tmp_path / "c.csv")
+    prediction = load(neighbour_run, "cpu").predict([gray_images / row["path"] for row in rows])
+    assert [int(row["cluster"]) for row in rows] == prediction.clusters.tolist()
+    assert np.allclose([float(row["agreement"]) for row in rows], prediction.agreement(), atol=1e-6)
+    assert np.allclose(np.load(tmp_path / "e.npy"), prediction.embeddings, atol=1e-5)
+    assert "cluster" in (tmp_path / "g.html").read_text()
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_four_ranks_say_the_same_bit_for_bit(ranks: Ranks, gray_run: Path, gray_images: Path, tmp_path: Path) -> None:
     """90 images in batches of 16: six batches on four ranks. 18 of them cannot be read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.prediction.clusterer import Prediction
+from iic_dist.training import checkpoint
 from iic_dist.training.trainer import Trainer
 
 
@@ -49,6 +51,42 @@ def test_it_says_what_the_training_said(gray_run: Path, moved_run: Path) -> None
     assert torch.equal(prediction.sub_heads, evaluated.assigned.clusters)
     assert torch.equal(prediction.clusters, prediction.sub_heads[:, run.selected])
     torch.testing.assert_close(prediction.confidence, evaluated.assigned.confidence[:, run.selected])
+
+
+@pytest.mark.parametrize("name", ["neighbour_run", "refined_run"])
+def test_a_run_of_later_stages_says_what_its_training_said(name: str, request: pytest.FixtureRequest) -> None:
+    """Its heads look at the features through a space of their own; the table is that of the last stage."""
+    folder: Path = request.getfixturevalue(name)
+    config = parse(["--config", str(folder / "config.yaml")])
+    trainer = Trainer(config, load_data(config, Place()), Place(), torch.device("cpu"))
+    assert trainer.resume(folder)
+    evaluated = trainer.evaluator.evaluate(trainer.model, trainer.sub_heads, trainer.restarts)["clustering"]
+    run = iic_dist.load(folder, "cpu")
+    prediction = run.predict(trainer.data.train)
+    assert prediction.sub_heads.shape == (90, 4 if name == "neighbour_run" else 1)
+    assert run.selected == evaluated.selected
+    assert torch.equal(prediction.sub_heads, evaluated.assigned.clusters)
+    assert torch.equal(prediction.clusters, prediction.sub_heads[:, run.selected])
+    space = run.model.heads["clustering"].space
+    vectors = space(prediction.embeddings)  # the embeddings are the features themselves
+    linear = run.model.heads["clustering"].linear
+    logits = (vectors @ linear.weight.T + linear.bias).unflatten(1, (-1, 3))[:, run.selected]
+    torch.testing.assert_close(torch.softmax(logits, -1), prediction.probabilities)
+    result = json.loads((folder / "result.json").read_text())
+    assert list(result["stages"]) == ["representation", "neighbours", "refine"][: 2 if name == "neighbour_run" else 3]
+
+
+def test_a_checkpoint_whose_heads_do_not_fit_is_one_line(neighbour_run: Path, tmp_path: Path) -> None:
+    shutil.copy(neighbour_run / "config.yaml", tmp_path)
+    state = checkpoint.load_newest(neighbour_run / "checkpoints")
+    assert state is not None
+    for part in ("space.mean", "space.projection", "space.shift", "linear.weight", "linear.bias"):
+        bad = {**state, "model": {**state["model"], f"heads.clustering.{part}": torch.zeros(5)}}
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        checkpoint.save(tmp_path / "checkpoints", state["epoch"], state["step"], bad)
+        with pytest.raises(UsageError, match="its checkpoint is not of the network") as caught:
+            iic_dist.load(tmp_path, "cpu")
+        assert "\n" not in str(caught.value)
 
 
 def test_its_columns_fit_together(moved_run: Path, gray_images: Path) -> None:

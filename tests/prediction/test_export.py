@@ -38,7 +38,7 @@ def test_the_view_is_that_of_an_evaluation(name: str, options: dict, channels: i
         torch.testing.assert_close(made, expected, atol=3e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("run", ["gray_run", "colour_run"])
+@pytest.mark.parametrize("run", ["gray_run", "colour_run", "neighbour_run", "refined_run"])
 def test_onnx_says_what_the_run_says(
     run: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

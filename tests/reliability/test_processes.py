@@ -50,6 +50,28 @@ def test_a_run_whose_ranks_are_killed_ends_with_the_weights_of_one_whose_are_not
     assert_equal(final_state(run.folder), undisturbed(tmp_path / "undisturbed", *options))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("towards", ["labels", "neighbours"])
+def test_a_run_that_is_killed_in_each_of_its_stages_ends_alike(towards: str, tmp_path: Path) -> None:
+    """Seven steps on views, thirty on neighbours, fourteen of refinement."""
+    options = [
+        *("--train.epochs", "1", "--neighbours.steps", "30", "--neighbours.batch_size", "256"),
+        *("--refine.epochs", "2", "--refine.towards", towards, "--refine.confidence", "0.5"),
+    ]
+    draw = random.Random(3)
+    with Run(tmp_path, *options, restarts=4) as run:
+        for step in (3, 7 + 10, 7 + 30 + 1, 7 + 30 + 9):
+            run.wait_for(step)
+            before = run.workers()
+            assert before, run.output
+            os.kill(draw.choice(before), signal.SIGKILL)
+            while set(run.workers()) & set(before) and run.process.poll() is None:
+                time.sleep(0.02)
+        assert run.end() == 0, run.output
+    assert run.output.count("going on after epoch") == 4
+    assert_equal(final_state(run.folder), undisturbed(tmp_path / "undisturbed", *options))
+
+
 def stop_and_go_on(folder: Path, stops: int, *options: str) -> tuple[Run, list[dict[str, object]]]:
     """Signal a random rank at random steps and in evaluations; start again each time; return what was noted."""
     draw = random.Random(2)

@@ -103,8 +103,3 @@ def why_no_training(rank: int, group: dist.ProcessGroup | None, count: int) -> s
     except ValueError as error:
         return str(error)
     return "no error"
-
-
-def vectors_of_blobs(n: int, kinds: int) -> Tensor:
-    """(N, 8) float64 of length 5, in blobs far apart: image i of kind i modulo `kinds`."""
-    return 5 * functional.normalize(blobs(n, 8, kinds, noise=0.1))
