@@ -253,11 +253,7 @@ def test_the_last_stage_trains_the_network_and_the_selected_sub_heads(
 def test_a_checkpoint_of_another_network_is_one_line(
     stage: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-<<<<<<< HEAD
-    _whole, _, saved = run_and_keep_states(tmp_path, monkeypatch)
-=======
     _, _, saved = run_and_keep_states(tmp_path, monkeypatch)
->>>>>>> coretests
     [state] = [state for state in map(state_in, saved) if (state["stage"], state["stage_done"]) == (stage, True)]
     if wrong not in state["model"]:
         wrong = next(name for name in state["model"] if name.startswith("backbone") and name.endswith("weight"))
