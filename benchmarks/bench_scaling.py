@@ -108,7 +108,7 @@ def step_seconds(images: int, place: Place, device: torch.device) -> dict[str, A
     """Seconds of training steps on `images` images over all ranks, and what the model must know of them."""
     config = parse([*OPTIONS, "--data.batch_size", str(images)])
     trainer = Trainer(config, load_data(config, place), place, device)
-    [joint] = trainer.schedule.passes(0)
+    [joint] = trainer.course.schedule.passes(0)
     trainer.learner.model.train()
     work = functools.partial(trainer.train_step, joint, 0)
     return {"seconds": usual_seconds(work, device, STEPS), "shape": shape_of(trainer)}

@@ -162,7 +162,7 @@ class Stages:
 
 def our_step(trainer: Trainer, position: int, stages: Stages) -> None:
     """One joint step, its stages timed from outside."""
-    [each] = trainer.schedule.passes(0)
+    [each] = trainer.course.schedule.passes(0)
     assert each.heads == trainer.config.heads, "a joint step"
     with (
         mock.patch.object(trainer.images, "gather", stages.timed("data", trainer.images.gather)),

@@ -25,6 +25,14 @@ def pair() -> Iterator[Ranks]:
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def pools(pair: Ranks, ranks: Ranks) -> Iterator[dict[int, Ranks]]:
+    """Two, three and four processes, by their number; each is a default group."""
+    three = Ranks(3)
+    yield {2: pair, 3: three, 4: ranks}
+    three.close()
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

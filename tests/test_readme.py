@@ -55,6 +55,14 @@ CANNOT_RUN = {
     "source .venv/bin/activate": ("make has made it, and a test is not run by make alone", None),
     "make gpu": ("needs a GPU", "benchmarks/test_gpu_run.py::test_without_a_gpu_it_is_one_line"),
     "make bench": ("minutes, of a quiet machine", None),
+    "python -m iic_dist.train --config photos --data.name folder:photos --model.num_clusters 10": (
+        "wants weights that cannot be fetched here",
+        "config/test_frozen.py::test_the_preset_for_photographs_insists",
+    ),
+    (
+        "python -m iic_dist.train --data.name folder:photos --model.num_clusters 10 "
+        "--model.backbone timm/tf_efficientnet_lite0 --model.weights tf_efficientnet_lite0.safetensors"
+    ): ("wants a file of weights", "config/test_frozen.py::test_a_file_of_weights_needs_no_network"),
     "make lint": ("installs; .ci/run runs it", None),
     "make test-all": ("it is what runs this", None),
     "pip install -e . --no-build-isolation": (
@@ -96,6 +104,7 @@ OPTIONS = {
         "--data.name folder:photos --data.batch_size 24 --model.num_clusters 3 --neighbours.steps 5 --refine.epochs 1"
     ),
     "--config fashion-mnist": "--data.name folder:signs --data.batch_size 24 --model.num_clusters 3",
+    "features:features.npy": "--train.epochs 0 --neighbours.steps 20",
     "tensorboard": "--port 0",
 }
 """Options added to the commands that contain the key."""
@@ -111,6 +120,7 @@ QUICK = (
 NEEDED = {
     "runs/digits-1": "",
     "runs/photos-1": "--data.name folder:photos --model.num_clusters 8",
+    "runs/features-npy-1": "--data.name features:features.npy --model.num_clusters 10",
     "runs/several": "--model.num_clusters 5,8,10,12,20",
 }
 """The options of the training that makes a run which a command wants, unless an earlier command has made it."""
@@ -166,6 +176,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_colours(folder / "new", 3)
     write_colours(folder / "cells", 24)
     write_digits(folder / "signs", 60)
+    np.save(folder / "features.npy", np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32))
     (folder / "names.csv").write_text("cluster,name\n0,warm\n1,cold\n", encoding="utf-8")
     for name in ("a.jpg", "b.png"):
         Image.fromarray(np.full((12, 14, 3), 99, np.uint8)).save(folder / name)

@@ -26,6 +26,12 @@ def check(config: Config) -> None:
             _check_field(f"{group.name}.{each.name}", getattr(values, each.name), each)
     _require(0 <= config.run.seed < 2**63, "run.seed", config.run.seed, "from 0 to 2^63 - 1")
     _check_heads(config)
+    refine = config.refine
+    if refine.epochs and not config.neighbours.steps:
+        raise UsageError(
+            f"refine.epochs={refine.epochs}: refines heads that neighbours.steps trains; set --neighbours.steps 1000"
+        )
+    _require(refine.confidence < 1, "refine.confidence", refine.confidence, "below 1")
 
 
 def check_course(config: Config) -> None:

@@ -61,6 +61,8 @@ def errors_in_one_line(place: Place, *, system_error: int = 1) -> Iterator[None]
 def log_to_console(level: int = logging.INFO) -> None:
     """Print log lines without decoration."""
     logging.basicConfig(level=level, format="%(message)s")
+    for library in ("timm", "httpx", "httpx2"):  # they tell of every file and request
+        logging.getLogger(library).setLevel(max(level, logging.WARNING))
 
 
 def _fail(place: Place, error: Exception, code: int) -> None:

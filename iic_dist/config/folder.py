@@ -88,7 +88,6 @@ def frozen_settings(backbone: str) -> dict[str, Choice]:
         NEIGHBOURS: Choice(STEPS, "heads learn from each image and its nearest ones"),
         "data.image_size": Choice(side, f"as the weights want it, up to {LARGEST_SIDE}"),
         "views.policy": Choice("simclr", "an evaluation sees the whole image"),
-        "loss.entropy_weight": Choice(2.0, "pushes towards clusters of equal size"),
     }
 
 
@@ -111,7 +110,7 @@ def choose(
     """
     data, model = config.data, config.model
     if data.name.startswith("features:"):
-        return {"train.epochs": 0, NEIGHBOURS: STEPS, "loss.entropy_weight": 2.0}
+        return {"train.epochs": 0, NEIGHBOURS: STEPS}
     found = survey(Path(data.name.removeprefix("folder:")).expanduser())
     if found is None:
         return {}
@@ -127,7 +126,7 @@ def choose(
         f"median shorter side ({found.num_read} looked at). Chosen for them, unless an option or a file says otherwise:"
     )
     for name, choice in choices.items():
-        say(f"  --{name} {choice.value}".ljust(40) + choice.reason)
+        say(f"  --{name} {choice.value} ".ljust(40) + choice.reason)
     if missing is not None:
         say(f"  (pretrained features would sort photographs better, but {missing}. Training from scratch instead)")
     elif backbone is None:

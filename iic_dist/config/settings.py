@@ -144,8 +144,8 @@ class ModelConfig:
         pretrained: Start from torchvision's ImageNet weights, or from timm's weights of that name: cached ones, or
             fetched ones.
         weights: Start from this file (.safetensors, .pth, .pt, .bin) of the backbone's weights; needs no network.
-        weights_digest: First digits of the SHA-256 of the weights' file, filled in when the run starts; other weights
-            are refused.
+        weights_digest: sha256: and the first digits of that of the weights' file, filled in when the run starts;
+            other weights are refused.
         freeze_backbone: Train the heads alone.
         num_clusters: Clusters wanted. Several numbers, as in 5,10,20, train one clustering head for each, and one of
             them is recommended and used. Default: the number of classes of the data set.

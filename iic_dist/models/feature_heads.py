@@ -22,11 +22,16 @@ class FeatureSpace(nn.Module):
         mean: (F,), of the features that the space was made from.
         projection: (F, D).
         shift: (D,), the mean of what is projected.
+
+    Raises:
+        ValueError: these shapes do not fit together.
     """
 
     def __init__(self, mean: Tensor, projection: Tensor, shift: Tensor) -> None:
         super().__init__()
-        assert projection.shape == (len(mean), len(shift)), f"{mean.shape}, {projection.shape}, {shift.shape}"
+        if projection.shape != (len(mean), len(shift)):
+            shapes = ", ".join(str(tuple(value.shape)) for value in (mean, projection, shift))
+            raise ValueError(f"a space of mean, projection and shift {shapes}: must be (F,), (F, D), (D,)")
         # No buffers: those are averaged over the ranks in every step, as running statistics are.
         self.mean = nn.Parameter(mean, requires_grad=False)
         self.projection = nn.Parameter(projection, requires_grad=False)
@@ -54,11 +59,7 @@ class FeatureSubHeads(SubHeads):
 
     def alone(self, sub_head: int) -> FeatureSubHeads:
         """Return a head of one of the sub-heads, with the same space and a copy of its weights."""
-        k = self.shape[1]
-        own = slice(sub_head * k, (sub_head + 1) * k)
-        head = FeatureSubHeads(self.space, 1, k).to(self.linear.weight)
-        head.linear.load_state_dict({"weight": self.linear.weight[own], "bias": self.linear.bias[own]})
-        return head
+        return self._with_weights_of(sub_head, FeatureSubHeads(self.space, 1, self.shape[1]))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits (B, H, K) of `features` (B, F)."""

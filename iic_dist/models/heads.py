@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor, nn
 
 from iic_dist.errors import UsageError
 from iic_dist.models.norm import Norm, check_norm, norm_1d
+
+T = TypeVar("T", bound="SubHeads")
 
 
 class SubHeads(nn.Module):
@@ -34,6 +38,18 @@ class SubHeads(nn.Module):
         self.linear = nn.Linear(in_features, num_sub_heads * num_clusters)
         nn.init.normal_(self.linear.weight, std=in_features**-0.5 if std is None else std)
         nn.init.zeros_(self.linear.bias)
+
+    def alone(self, sub_head: int) -> SubHeads:
+        """Return a head of one of the sub-heads, with a copy of its weights."""
+        return self._with_weights_of(sub_head, SubHeads(self.linear.in_features, 1, self.shape[1]))
+
+    def _with_weights_of(self, sub_head: int, head: T) -> T:
+        """Give a head of one sub-head the weights of one here, their dtype and device."""
+        k = self.shape[1]
+        own = slice(sub_head * k, (sub_head + 1) * k)
+        head.to(self.linear.weight)
+        head.linear.load_state_dict({"weight": self.linear.weight[own], "bias": self.linear.bias[own]})
+        return head
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits (B, H, K) of `features` (B, F)."""

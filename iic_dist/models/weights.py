@@ -42,9 +42,9 @@ class Preprocessing:
 
 
 def digest(path: Path) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of a file."""
+    """Return "sha256:" and the first 16 hexadecimal digits of that of a file; in YAML no such text is a number."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGEST_CHARACTERS]
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:_DIGEST_CHARACTERS]}"
 
 
 def check_digest(path: Path, wanted: str | None, name: str) -> None:

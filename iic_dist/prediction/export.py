@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iic_dist.errors import UsageError
+from iic_dist.models import SubHeads
 from iic_dist.ops import images as ops
 from iic_dist.prediction.clusterer import Clusterer
 from iic_dist.views.draw import NUM_UNIFORMS, draw
@@ -72,16 +73,13 @@ class Probabilities(nn.Module):
         super().__init__()
         self.view = EvaluationView(run.views.second, run.image_size)
         self.backbone = copy.deepcopy(run.model.backbone)
-        head = run.model.heads[run.head].linear
-        assert isinstance(head, nn.Linear)
-        k = run.num_clusters
-        own = slice(run.selected * k, (run.selected + 1) * k)
-        self.classifier = nn.Linear(head.in_features, k, dtype=head.weight.dtype)
-        self.classifier.load_state_dict({"weight": head.weight[own], "bias": head.bias[own]})
+        head = run.model.heads[run.head]
+        assert isinstance(head, SubHeads)
+        self.classifier = copy.deepcopy(head.alone(run.selected))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the probability of each cluster."""
-        return torch.softmax(self.classifier(self.backbone(self.view(images))), -1)
+        return torch.softmax(self.classifier(self.backbone(self.view(images)))[:, 0], -1)
 
 
 def export_onnx(run: Clusterer, path: Path) -> None:

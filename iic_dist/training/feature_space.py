@@ -57,7 +57,7 @@ def fit_space(
         after_each: Called with a number of images after each block of neighbours, equally often on all ranks.
 
     Raises:
-        UsageError: a feature is not finite.
+        UsageError: a feature is not finite, or none differs.
 
     Collective: all ranks must call. Rank 0 finds it for all, but for the neighbours: sums over the ranks would round
     otherwise, and directions of nearly the same variance would turn with them.
@@ -71,7 +71,11 @@ def fit_space(
     plain = FeatureSpace(
         mean.to(dtype), torch.eye(width, dtype=dtype, device=device), torch.zeros_like(mean, dtype=dtype)
     )
-    near = find_neighbours(map_features(features, plain, device), min(NEAREST, count - 1), device, after_each)
+    directions = map_features(features, plain, device)
+    if not any(bool((part != directions[0]).any()) for part in directions.split(_ROWS)):
+        raise UsageError(f"the features of {count} images are all the same, or too large: look at what made them")
+    # Of few images at most half of the others: what an image shares with all others is less than nothing.
+    near = find_neighbours(directions, min(NEAREST, max(1, (count - 1) // 2)), device, after_each)
     found = distributed.broadcast(_fit(features, plain, near).cpu() if distributed.rank() == 0 else None)
     assert found is not None
     return found.to(device)
@@ -94,7 +98,7 @@ def _fit(features: Tensor, plain: FeatureSpace, near: Tensor) -> FeatureSpace:
         scatter += (part - middle).T @ (part - middle) / count
     principal = torch.linalg.eigh(scatter.cpu()).eigenvectors[:, -kept:].to(device)
     directions = torch.cat([(part - middle) @ principal for _, part in batches()])  # (N, D) float64
-    weight = (1 + torch.bincount(near.flatten(), minlength=count).to(device) / near.shape[1]) / 2
+    weight = (1 + torch.bincount(near.flatten(), minlength=count).double().to(device) / near.shape[1]) / 2
     own = (directions * weight.unsqueeze(1)).T @ directions / count
     shared = torch.zeros_like(own)
     for start in range(0, count, _ROWS):
@@ -106,8 +110,10 @@ def _fit(features: Tensor, plain: FeatureSpace, near: Tensor) -> FeatureSpace:
     whiten = axes * scale.rsqrt()
     shared = whiten.T @ (shared + shared.T).cpu() / 2 @ whiten
     correlation, canonical = torch.linalg.eigh(shared)
-    kept_share = canonical * correlation.clamp_min(0) ** POWER
-    projection = principal.cpu() @ whiten @ kept_share @ canonical.T @ (axes * scale.sqrt()).T @ _turn(kept)
+    share = correlation.clamp_min(0) ** POWER
+    if not share.any():  # neighbours have nothing in common: no direction counts more than another
+        share = torch.ones_like(share)
+    projection = principal.cpu() @ whiten @ (canonical * share) @ canonical.T @ (axes * scale.sqrt()).T @ _turn(kept)
     shift = middle.cpu() @ projection
     return FeatureSpace(plain.mean.cpu(), projection.to(dtype), shift.to(dtype))
 

@@ -35,6 +35,7 @@ class Learner:
         place: This rank.
         device: Of the network.
         heads_take_turns: Whether there are steps in which some of these heads take no part.
+        confidence: None, or the heads with clusters learn labels of their own that are surer than this.
 
     Attributes:
         model: The network, not wrapped in DDP.
@@ -52,6 +53,7 @@ class Learner:
         device: torch.device,
         *,
         heads_take_turns: bool,
+        confidence: float | None = None,
     ) -> None:
         train, optim = config.train, config.optim
         self.precision, self.clip_norm, self.device = train.precision, optim.clip_norm, device
@@ -80,6 +82,7 @@ class Learner:
             impl=config.loss.impl,
             views=1 + config.views.repeats,
             world_size=place.world_size,
+            confidence=confidence,
         )
         self.guard = StepGuard(model, self.optimizer, device, train.max_skipped_steps)
 

@@ -17,6 +17,7 @@ from iic_dist.errors import UsageError
 from iic_dist.files import write_whole
 from iic_dist.training.feature_trainer import FeatureTrainer
 from iic_dist.training.resume import PREEMPTED
+from iic_dist.training.stages import STAGES
 from iic_dist.training.trainer import Trainer
 
 
@@ -62,12 +63,15 @@ CONFIG = "config.yaml"
 # What a run may be gone on with under another value of.
 MAY_CHANGE = {
     *("run.name", "run.root", "run.device", "run.threads", "run.resume", "run.timeout_minutes"),
-    *("data.root", "data.download", "data.evaluate_on", "data.cache", "data.workers", "data.relist"),
+    *("data.root", "data.download", "data.evaluate_on", "data.labels", "data.cache", "data.workers", "data.relist"),
     *("data.device_budget_gib", "model.weights"),  # the digest of the weights must stay
     *("loss.impl", "views.impl", "train.epochs", "train.compile"),
     *("train.evaluate_every", "train.evaluate_batch_size", "train.max_skipped_steps"),
     *("train.checkpoint_every", "train.checkpoint_every_steps"),
 }
+
+# What each later stage trains on; it may change until that stage has begun.
+_FIXED_BY = {"neighbours": ("train.epochs", "neighbours."), "refine": ("refine.",)}
 
 
 def open_folder(config: Config, trainer: Trainer | FeatureTrainer, place: Place) -> Path:
@@ -79,9 +83,12 @@ def open_folder(config: Config, trainer: Trainer | FeatureTrainer, place: Place)
     Collective: all ranks must call.
     """
     folder = run_folder(config)
-    if problem := distributed.broadcast(_why_not(folder, trainer.config) if place.is_main else None):
+    problem, changed = distributed.broadcast(_look(folder, trainer.config) if place.is_main else (None, []))
+    if problem:
         raise UsageError(problem)
     if trainer.resume(folder):
+        if problem := _too_late(folder, trainer.stage, changed):
+            raise UsageError(problem)
         say(place, f"going on after epoch {trainer.epoch}, step {trainer.step}")
     if place.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,21 +102,39 @@ def open_folder(config: Config, trainer: Trainer | FeatureTrainer, place: Place)
     return folder
 
 
-def _why_not(folder: Path, config: Config) -> str | None:
-    """Say why the run in a folder cannot be gone on with under this config; None where it can, or there is none."""
+Change = tuple[str, object, object]
+"""GROUP.FIELD, its value before and now."""
+
+
+def _look(folder: Path, config: Config) -> tuple[str | None, list[Change]]:
+    """Say why the run in a folder cannot be gone on with under this config, if so, and list what this changes."""
     if not (folder / CONFIG).exists():
-        return None
+        return None, []
     if config.run.resume == "never":
-        return f"{folder} is there: choose another --run.name, or --run.resume auto to go on with it"
+        return f"{folder} is there: choose another --run.name, or --run.resume auto to go on with it", []
     try:
         before = dataclasses.asdict(settings_of(folder))
     except UsageError as error:
-        return f"{error}: choose another --run.name"
-    for group, fields in dataclasses.asdict(config).items():
-        for name, value in fields.items():
-            old = before[group][name]
-            if old != value and f"{group}.{name}" not in MAY_CHANGE and group != "monitor":
-                return f"{folder} was trained with {group}.{name}={old!r}, not {value!r}: choose another --run.name"
+        return f"{error}: choose another --run.name", []
+    changed = [
+        (f"{group}.{name}", before[group][name], value)
+        for group, fields in dataclasses.asdict(config).items()
+        for name, value in fields.items()
+        if before[group][name] != value
+    ]
+    for name, old, now in changed:
+        if name not in MAY_CHANGE and not name.startswith(("monitor.", "neighbours.", "refine.")):
+            return f"{folder} was trained with {name}={old!r}, not {now!r}: choose another --run.name", changed
+    return None, changed
+
+
+def _too_late(folder: Path, stage: str, changed: Sequence[Change]) -> str | None:
+    """Say what has changed that a stage which has begun was trained with; None where nothing has."""
+    for begun in STAGES[: STAGES.index(stage) + 1]:
+        for name, before, now in changed:
+            if name.startswith(_FIXED_BY.get(begun, ())):
+                past = f"{folder} is past the start of {begun} with {name}={before!r}"
+                return f"{past}, not {now!r}: choose another --run.name"
     return None
 
 

@@ -143,14 +143,23 @@ class StagedRun(abc.ABC):
         for stage in asked[asked.index(self.stage) if self.stage in asked else 0 :]:
             if stage != self.stage:
                 self._start(stage)
-            elif self.stage_done and not (stage == "representation" and self.epoch < self.config.train.epochs):
+            elif self._is_complete():
                 continue
             self._lap_started = time.perf_counter()
-            if stage == "neighbours":
+            if stage == "neighbours" and self.stage_done:  # stopped while its heads were evaluated
+                with self._progress(0, 0, "step") as bar:
+                    result = self._evaluate_and_show(monitor, bar, stage, True)
+            elif stage == "neighbours":
                 result = self._train_on_neighbours(folder, monitor)
             else:
                 result = self.train_epochs(folder, monitor)
         return result or self.evaluate()
+
+    def _is_complete(self) -> bool:
+        """Whether the stage has ended, and nothing is missing: more epochs asked for, or its figures."""
+        if self.stage == "neighbours":
+            return self.stage_done and "seconds" in self.stage_figures.get(self.stage, {})
+        return self.stage_done and not (self.stage == "representation" and self.epoch < self.config.train.epochs)
 
     def _start(self, stage: str) -> None:
         self.stage, self.stage_done = stage, False
@@ -189,6 +198,8 @@ class StagedRun(abc.ABC):
                 bar.update()
                 if step % self.config.monitor.log_every == 0:
                     self._log_neighbours(monitor, bar, terms)
+                if step == asked.steps:  # the checkpoint of this step is that of the finished heads
+                    return
                 self._heed()
                 if every and step % every == 0:
                     self._lap()
@@ -199,11 +210,11 @@ class StagedRun(abc.ABC):
             self._neighbour_state, self.restarts, self.stage_done = None, {}, True
             adopt_heads(self.model, heads)
             self._lap()
+            share = self._kmeans(stage)
+            self.stage_figures["neighbours"] = {} if share is None else {"kmeans_accuracy": share}
             result = self._evaluate_and_show(monitor, bar, "neighbours", True)
-            if (share := self._kmeans(stage)) is not None:
-                self.stage_figures["neighbours"]["kmeans_accuracy"] = share
-                if self.place.is_main:
-                    bar.write(f"neighbours: accuracy {share:.4f} by k-means on the same features")
+            if share is not None:
+                bar.write(f"neighbours: accuracy {share:.4f} by k-means on the same features")
         resume.save_last(folder, self.state_dict())
         return result
 
@@ -282,7 +293,8 @@ class StagedRun(abc.ABC):
         evaluations, recommendation = self._evaluate()
         figures = self.evaluator.figures(evaluations[recommendation.chosen.head])
         if last:
-            self.stage_figures[self.stage] = {**figures, "seconds": round(self.train_seconds, 2)}
+            more = {**figures, "seconds": round(self.train_seconds, 2)}
+            self.stage_figures[self.stage] = self.stage_figures.get(self.stage, {}) | more
         epochs = self.epoch + (self.stage != "neighbours")
         result = self._result(evaluations, recommendation, epochs)
         health = [evaluation.health for evaluation in evaluations.values()]

@@ -50,6 +50,12 @@ class Course:
         """Its own steps."""
         return self.schedule.total_steps(self.config.train.epochs)
 
+    @property
+    def confidence(self) -> float | None:
+        """How sure an image must be of its cluster to teach it; None where clusters are not taught so."""
+        asked = self.config.refine
+        return asked.confidence if self.stage == "refine" and asked.towards == "labels" else None
+
     def steps_left(self, epoch: int, step: int) -> list[tuple[Pass, int]]:
         """List the steps of an epoch of the run that come after `step` steps of the run."""
         done = step - self.first_step - self.schedule.total_steps(epoch - self.first_epoch)

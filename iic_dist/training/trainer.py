@@ -70,8 +70,16 @@ class Trainer(StagedRun):
         self.evaluator = self._build_evaluator()
 
     def _new_learner(self) -> Learner:
-        heads, turns = self.course.config.heads, self.course.schedule.heads_take_turns
-        return Learner(self.course.config, self.model, heads, self.place, self.device, heads_take_turns=turns)
+        course = self.course
+        return Learner(
+            course.config,
+            self.model,
+            course.config.heads,
+            self.place,
+            self.device,
+            heads_take_turns=course.schedule.heads_take_turns,
+            confidence=course.confidence,
+        )
 
     def _put_images(self) -> ImageSource:
         """Put the images where they fit, the unlabelled ones behind the others."""

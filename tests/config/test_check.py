@@ -47,14 +47,14 @@ def test_a_value_out_of_bounds_is_one_line_that_names_the_field(arguments: list[
 
 ABOVE_0 = [
     *("data.batch_size", "views.repeats", "model.sub_heads", "loss.entropy_weight", "loss.temperature", "optim.lr"),
-    *("train.epochs", "train.evaluate_batch_size", "train.checkpoint_every", "run.timeout_minutes"),
+    *("train.evaluate_batch_size", "train.checkpoint_every", "run.timeout_minutes"),
     *("monitor.log_every", "model.head_init_std"),
 ]
 FROM_0_ON = [
     *("data.device_budget_gib", "data.workers", "model.num_overclusters", "model.projection_dim"),
     *("loss.clustering", "loss.overclustering", "loss.contrastive", "monitor.pictures_every"),
     *("optim.warmup_epochs", "optim.weight_decay", "optim.clip_norm", "optim.momentum"),
-    *("train.contrastive_warmup_epochs", "train.evaluate_every", "train.restart_after"),
+    *("train.epochs", "train.contrastive_warmup_epochs", "train.evaluate_every", "train.restart_after"),
     *("train.checkpoint_every_steps", "train.max_skipped_steps"),
 ]
 

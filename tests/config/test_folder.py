@@ -79,7 +79,7 @@ def test_options_and_files_win(tmp_path: Path) -> None:
     assert (config.optim.lr, config.data.batch_size) == (0.5, 16)
     assert said
     config, _ = asked("--config", "cifar10", *name)
-    assert (config.data.batch_size, config.data.image_size, config.train.epochs) == (512, 8, 500)
+    assert (config.data.batch_size, config.data.image_size, config.train.epochs) == (512, 8, 450)
 
 
 def test_the_named_sets_are_left_alone() -> None:

@@ -93,9 +93,10 @@ def test_an_error_of_our_own_is_not_taken_for_a_crash(pictures, monkeypatch):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(decode._Chunks, "__getitem__", fail)
+    before = set(multiprocessing.active_children())  # a pool of ranks of other tests
     with pytest.raises(RuntimeError, match="a bug"):
         load(pictures, 1, progress=False)
-    assert multiprocessing.active_children() == []  # a process that ends would wait for them
+    assert set(multiprocessing.active_children()) <= before  # a process that ends would wait for them
 
 
 def test_a_chunk_knows_whether_it_has_colour(tmp_path):

@@ -17,6 +17,7 @@ from iic_dist.config.build import load_data
 from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.losses import iic_loss, nt_xent_loss, start_nt_xent_loss
+from iic_dist.losses.self_label import self_label_loss
 from iic_dist.models import SubHeads
 from iic_dist.prediction.clusterer import load
 from iic_dist.prediction.folder import FolderPrediction, predict_folder
@@ -52,7 +53,10 @@ def value_and_gradient(
     repeats = second.shape[0]
     outputs = model(torch.cat([first[own], second[:, own].flatten(0, 1)]))
     a, b = outputs[: shards[rank]], outputs[shards[rank] :]
-    if loss != "nt_xent":
+    if loss.startswith("self-labels above "):
+        confidence = float(loss.rpartition(" ")[2])
+        value = self_label_loss(a, b, confidence=confidence, group=group).sum()
+    elif loss != "nt_xent":
         prior = torch.tensor(PRIOR, dtype=torch.float64) if loss == "iic with a prior" else None
         value = iic_loss(a, b, entropy_weight=ENTROPY_WEIGHT, prior=prior, group=group).loss.sum()
     else:
@@ -124,7 +128,7 @@ def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[
     """Train for some steps on all ranks of the default group; return losses, weights, evaluation."""
     trainer = small_trainer(rank, arguments)
     losses = []
-    passes = trainer.schedule.passes(0)
+    passes = trainer.course.schedule.passes(0)
     for step in range(steps):
         terms = trainer.train_step(passes[step % len(passes)], step // len(passes))
         losses += [float(t if isinstance(t, Tensor) else t.loss.mean()) for t in terms.values()]
@@ -160,7 +164,7 @@ def collectives_of_a_step(rank: int, group: dist.ProcessGroup, arguments: list[s
 
     dist.all_reduce, distributed._all_gather = counted_reduce, counted_gather
     try:
-        trainer.train_step(trainer.schedule.passes(0)[0], 0)
+        trainer.train_step(trainer.course.schedule.passes(0)[0], 0)
     finally:
         dist.all_reduce, distributed._all_gather = reduce, gather
     return seen
@@ -170,7 +174,7 @@ def train_on(rank: int, group: dist.ProcessGroup | None, arguments: list[str], f
     """Go on with a run up to a step of its first epoch, save it, and return all weights and statistics."""
     trainer = small_trainer(rank, arguments)
     trainer.resume(Path(folder))
-    for each, position in trainer.schedule.steps(0)[trainer.step : steps]:
+    for each, position in trainer.course.schedule.steps(0)[trainer.step : steps]:
         trainer.train_step(each, position)
     resume.save(Path(folder), trainer.state_dict())
     distributed.barrier()
@@ -188,7 +192,7 @@ def small_trainer(rank: int, arguments: list[str]) -> Trainer:
 def bad_step(rank: int, group: dist.ProcessGroup, arguments: list[str], place: str, value: float) -> dict[str, object]:
     """Take a step, one with `value` in some place of rank 1, and one more; say what the bad one did."""
     trainer = small_trainer(rank, arguments)
-    (each, _), *_ = trainer.schedule.steps(0)
+    (each, _), *_ = trainer.course.schedule.steps(0)
 
     def state() -> list[Tensor]:
         learned = trainer.state_dict()
@@ -202,9 +206,9 @@ def bad_step(rank: int, group: dist.ProcessGroup, arguments: list[str], place: s
     before = state()
     remove = []
     if rank == 1 and place == "views":
-        make = trainer._make_views
-        trainer._make_views = lambda *what: spoil(nn.Identity(), None, make(*what))  # type: ignore[method-assign]
-        remove.append(lambda: setattr(trainer, "_make_views", make))
+        make = trainer.inputs._make
+        trainer.inputs._make = lambda *what: spoil(nn.Identity(), None, make(*what))  # type: ignore[method-assign]
+        remove.append(lambda: setattr(trainer.inputs, "_make", make))
     elif rank == 1 and place == "gradient":
         weight = next(trainer.learner.model.parameters())
         remove.append(weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), value)).remove)

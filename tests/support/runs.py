@@ -118,12 +118,17 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
 
+def timeless(state: dict[str, Any]) -> dict[str, Any]:
+    """A state without what differs from one machine's minute to the next."""
+    figures = {stage: {**of, "seconds": None} for stage, of in state["stage_figures"].items()}
+    return {**state, "train_seconds": None, "stage_figures": figures}
+
+
 def final_state(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run, without what differs from one machine's minute to the next."""
+    """The newest checkpoint of a run, without its seconds."""
     state = checkpoint.load_newest(folder / "checkpoints")
     assert state is not None
-    del state["train_seconds"]
-    return state
+    return timeless(state)
 
 
 def assert_equal(one: Any, other: Any, where: str = "state") -> None:

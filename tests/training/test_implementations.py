@@ -24,7 +24,7 @@ def losses_of_training(impl: str, steps: int, *arguments: str) -> list[dict[str,
     trainer = Trainer(config, load_data(config, Place()), Place(), torch.device("cpu"))
     losses: list[dict[str, float]] = []
     while len(losses) < steps:
-        for each in trainer.schedule.passes(trainer.epoch):
+        for each in trainer.course.schedule.passes(trainer.epoch):
             for position in range(min(each.steps, steps - len(losses))):
                 terms = trainer.train_step(each, position)
                 values = {head: v if isinstance(v, torch.Tensor) else v.loss for head, v in terms.items()}

@@ -71,7 +71,7 @@ def test_a_preset_takes_steps_on_images_of_its_shape(preset: str) -> None:
     before = {name: parameter.detach().clone() for name, parameter in trainer.learner.model.named_parameters()}
     for epoch in sorted({0, config.train.contrastive_warmup_epochs}):
         trainer.epoch = epoch
-        for each in trainer.schedule.passes(epoch):
+        for each in trainer.course.schedule.passes(epoch):
             terms = trainer.train_step(each, 0)
             assert set(terms) == set(each.heads)
             assert all(loss.isfinite().all() for loss in losses_of(terms))
@@ -93,7 +93,7 @@ def test_a_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     # Adam on the CPU reads its own step counter, which on CUDA too stays on the host.
     monkeypatch.setattr(trainer.learner.optimizer, "step", lambda: None)
     with NoHostSync():
-        trainer.train_step(trainer.schedule.passes(0)[0], 0)
+        trainer.train_step(trainer.course.schedule.passes(0)[0], 0)
     with NoHostSync(), pytest.raises(AssertionError, match="waits for the device"):
         torch.ones(3).sum().item()
 
@@ -113,7 +113,7 @@ def test_training_on_four_ranks_is_training_on_one(ranks: Ranks, schedule: str) 
 
 def test_a_head_that_waits_for_its_turn_is_not_moved() -> None:
     trainer = digits_trainer("--train.schedule", "alternate", "--optim.weight_decay", "0.1")
-    over, clustering, _ = trainer.schedule.passes(0)
+    over, clustering, _ = trainer.course.schedule.passes(0)
     trainer.train_step(clustering, 0)
     before = [p.detach().clone() for p in trainer.learner.model.heads["clustering"].parameters()]
     trainer.train_step(over, 0)
@@ -151,7 +151,7 @@ def test_a_run_leaves_its_files(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert set(result) == {
         *("data", "num_images", "num_clusters", "epochs", "world_size", "seed", "accuracy", "nmi", "ari"),
-        *("images_per_second", "train_seconds", "skipped_steps", "collapsed_sub_heads", "choices"),
+        *("images_per_second", "train_seconds", "skipped_steps", "collapsed_sub_heads", "choices", "stages"),
     }
     assert set(result["accuracy"]) == {"selected", "mean", "std", "best"}
     assert (result["data"], result["num_images"], result["epochs"], result["world_size"]) == (
@@ -192,12 +192,12 @@ def test_unlabelled_images_teach_only_the_other_heads() -> None:
     config = parse([*TINY, "--data.batch_size", "8"])
     train, more = fake("digits", 16), fake("digits", 40, labelled=False)
     trainer = Trainer(config, RunData(train, train, more), Place(), CPU)
-    (first_heads, first), (other_heads, other) = trainer.schedule.batches(0, config.heads, 0)
+    (first_heads, first), (other_heads, other) = trainer.course.schedule.batches(0, config.heads, 0)
     assert first_heads == ("clustering",)
     assert first.indices.max() < 16
     assert other_heads == ("overclustering", "contrastive")
     assert other.indices.max() >= 16
-    terms = trainer.train_step(trainer.schedule.passes(0)[0], 0)
+    terms = trainer.train_step(trainer.course.schedule.passes(0)[0], 0)
     assert all(loss.isfinite().all() for loss in losses_of(terms))
 
 
@@ -237,7 +237,8 @@ def test_a_prior_is_read_into_the_config_and_reaches_the_loss(tmp_path: Path, mo
         )
     )
     assert read.config.loss.prior == listed.config.loss.prior == list(range(1, 11))
-    steps = [trainer.train_step(trainer.schedule.passes(0)[0], 0) for trainer in (plain, read, listed, free, alone)]
+    trainers = (plain, read, listed, free, alone)
+    steps = [trainer.train_step(trainer.course.schedule.passes(0)[0], 0) for trainer in trainers]
     clustering, over = ([step[head].loss for step in steps] for head in ("clustering", "overclustering"))
     assert torch.equal(clustering[1], clustering[2])
     assert torch.equal(clustering[3], clustering[4])
@@ -258,6 +259,7 @@ def test_the_batch_size_must_divide_by_the_ranks() -> None:
 def test_a_compiled_network_trains_alike() -> None:
     plain, compiled = digits_trainer(), digits_trainer("--train.compile", "true")
     for step in range(2):
-        pairs = zip(*(losses_of(t.train_step(t.schedule.passes(0)[0], step)) for t in (plain, compiled)), strict=True)
+        terms = [t.train_step(t.course.schedule.passes(0)[0], step) for t in (plain, compiled)]
+        pairs = zip(*map(losses_of, terms), strict=True)
         for one, other in pairs:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
