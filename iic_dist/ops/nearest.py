@@ -46,9 +46,10 @@ def nearest(rows: Tensor, first: int, base: Tensor, k: int) -> Tensor:
 
 def _largest(scores: Tensor, k: int) -> Tensor:
     """Return where the k largest of each row are, largest first, of equal ones the lower index first."""
-    values, indices = scores.topk(k, dim=1)
+    values, indices = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     # topk takes any of the scores that equal the last one: where there are more of them, the lower indices count.
-    tied = torch.nonzero((scores >= values[:, -1:]).sum(1) > k).flatten()
+    tied = torch.nonzero(values[:, k:] == values[:, k - 1 : k])[:, 0]
+    values, indices = values[:, :k].contiguous(), indices[:, :k]
     if len(tied):
         ordered = scores[tied].sort(dim=1, descending=True, stable=True)
         values[tied], indices[tied] = ordered.values[:, :k], ordered.indices[:, :k]
