@@ -121,7 +121,7 @@ class IICClustering(ClusterMixin, BaseEstimator):
             raise UsageError(f"n_samples={len(X)} should be >= n_clusters={self.n_clusters}")
         self._mean = X.mean(0, dtype=np.float64)
         self._scale = float(np.abs(X - self._mean.astype(X.dtype)).max()) or 1.0
-        if self.n_clusters == 1 or (X == X[0]).all():
+        if self.n_clusters == 1 or bool((X[0] == X).all()):
             self._network, sub_heads, selected = None, np.zeros((len(X), 1), np.int64), 0
         else:
             sub_heads, selected = self._train(torch.from_numpy(self._centred(X).astype(np.float32, copy=False)))
@@ -154,6 +154,7 @@ class IICClustering(ClusterMixin, BaseEstimator):
         for name in ("learning_rate", "entropy_weight"):
             check_scalar(getattr(self, name), name, Real, min_val=0, include_boundaries="neither")
         check_scalar(self.weight_decay, "weight_decay", Real, min_val=0)
+        self._device()
         if self.kernel not in _KERNELS:
             raise UsageError(f"kernel={self.kernel!r}: must be one of {', '.join(_KERNELS)}")
 
