@@ -73,7 +73,8 @@ class IICClustering(ClusterMixin, BaseEstimator):
     """
 
     _network: nn.Module | None
-    """Rows around 0 (B, F) -> logits (B, 1, K), on the CPU so that it can be pickled; None for one cluster."""
+    """Rows around 0 (B, F) -> logits (B, 1, K), on the CPU so that it can be pickled; None where there is one cluster
+    to find."""
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class IICClustering(ClusterMixin, BaseEstimator):
             raise UsageError(f"n_samples={len(X)} should be >= n_clusters={self.n_clusters}")
         self._mean = X.mean(0, dtype=np.float64)
         self._scale = float(np.abs(X - self._mean.astype(X.dtype)).max()) or 1.0
-        if self.n_clusters == 1:
+        if self.n_clusters == 1 or bool((X[0] == X).all()):
             self._network, sub_heads, selected = None, np.zeros((len(X), 1), np.int64), 0
         else:
             sub_heads, selected = self._train(torch.from_numpy(self._centred(X).astype(np.float32, copy=False)))
@@ -153,6 +154,7 @@ class IICClustering(ClusterMixin, BaseEstimator):
         for name in ("learning_rate", "entropy_weight"):
             check_scalar(getattr(self, name), name, Real, min_val=0, include_boundaries="neither")
         check_scalar(self.weight_decay, "weight_decay", Real, min_val=0)
+        self._device()
         if self.kernel not in _KERNELS:
             raise UsageError(f"kernel={self.kernel!r}: must be one of {', '.join(_KERNELS)}")
 
@@ -233,8 +235,8 @@ class IICClustering(ClusterMixin, BaseEstimator):
 
     @torch.no_grad()
     def _probabilities(self, X: np.ndarray) -> np.ndarray:
-        if self._network is None:  # of one cluster
-            return np.ones((len(X), 1), X.dtype)
+        if self._network is None:
+            return np.eye(1, self.n_clusters, dtype=X.dtype).repeat(len(X), 0)
         rows = torch.from_numpy(self._centred(X))
         network = copy.deepcopy(self._network).to(rows.dtype)
         device = self._device()

@@ -104,8 +104,7 @@ def _fit(features: Tensor, plain: FeatureSpace, near: Tensor) -> FeatureSpace:
     for start in range(0, count, _ROWS):
         partners = directions[near[start : start + _ROWS].to(device)].mean(1)
         shared += directions[start : start + _ROWS].T @ partners / count
-    ridge = RIDGE * float(own.trace()) / kept or 1.0  # features that are all the same have no variance
-    own += ridge * torch.eye(kept, dtype=own.dtype, device=device)
+    own += RIDGE * own.trace() / kept * torch.eye(kept, dtype=own.dtype, device=device)
     scale, axes = torch.linalg.eigh(own.cpu())
     whiten = axes * scale.rsqrt()
     shared = whiten.T @ (shared + shared.T).cpu() / 2 @ whiten
