@@ -208,6 +208,7 @@ def test_a_signal_at_any_time_is_heeded_and_the_run_ends_alike(every: int, tmp_p
         assert without_seconds(again) == without_seconds(result), f"{number} looks"
         assert_equal(timeless(resumed.state_dict()), timeless(whole.state_dict()), f"{number} looks")
     assert {stage for stage, _ in seen} == set(stages.STAGES)
+    assert every > 1 or ("neighbours", True) in seen  # the new heads were in the network, but not evaluated
 
 
 def test_refinement_towards_labels_learns_from_sure_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
