@@ -133,9 +133,13 @@ class FeatureTrainer(StagedRun):
         self.load_common_state(state)
         if self.stage_done:
             heads = heads_of_state(state["model"], self.config.clustering_heads)
+            if missing := set(self.config.clustering_heads) - set(heads):
+                raise ValueError(f"it holds no heads on features for {', '.join(sorted(missing))}")
             for name, head in heads.items():
                 prefix = f"heads.{name}."
-                own = {key.removeprefix(prefix): value for key, value in state["model"].items() if prefix in key}
+                own = {
+                    key.removeprefix(prefix): value for key, value in state["model"].items() if key.startswith(prefix)
+                }
                 head.load_state_dict(own)
             adopt_heads(self.model, {name: head.to(self.device, self.config.dtype) for name, head in heads.items()})
             self.load_record(state)
