@@ -226,8 +226,8 @@ def on_cpu(path: Path, seconds: float) -> None:
     print(f"written to {path}")
 
 
-def on_cuda(path: Path) -> None:
-    side_by_side.to_file("impl=fused", path, gpu_cases(), measure_on_gpu, print_gpu_table)
+def on_cuda(path: Path, alone: bool) -> None:
+    side_by_side.to_file("impl=fused", path, gpu_cases(), measure_on_gpu, print_gpu_table, alone)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from iic_dist.data.device import DeviceImages
+from iic_dist.data.folder import Reading
 from iic_dist.data.host import HostImages
 from iic_dist.data.listing import list_images
 from iic_dist.data.load import load_image_set
@@ -84,8 +85,8 @@ def measure_decoding(photos: Path, count: int, rounds: int) -> dict[str, Any]:
 
 
 def load(folder: Path, cache: Path | None, **options: Any) -> Tensor:
-    options = {"image_size": IMAGE_SIZE, "progress": False, "cache": cache, **options}
-    return load_image_set(f"folder:{folder}", folder, "all", **options).images
+    reading = Reading(**{"progress": False, "cache": cache, **options})
+    return load_image_set(f"folder:{folder}", folder, "all", image_size=IMAGE_SIZE, reading=reading).images
 
 
 def measure_opening(photos: Path, cache: Path) -> dict[str, Any]:

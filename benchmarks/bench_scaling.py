@@ -97,7 +97,7 @@ def link_seconds(device: torch.device) -> dict[str, dict[int, float]]:
         part = torch.zeros(len(whole) // ranks, device=device)
         works: dict[str, Callable[[], object]] = {
             "all_reduce": lambda whole=whole: dist.all_reduce(whole),
-            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
+            "all_gather": lambda whole=whole, part=part: distributed._all_gather(whole, part),
         }
         for name, work in works.items():
             found[name][whole.numel() * 4] = usual_seconds(work, device, 30)

@@ -23,8 +23,8 @@ def output_of(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit that runs; a tree without git has it from the variable COMMIT."""
-    return output_of("git", "rev-parse", "HEAD") or os.environ.get("COMMIT")
+    """The commit that runs; a tree without git, or inside another one's, has it from the variable COMMIT."""
+    return os.environ.get("COMMIT") or output_of("git", "rev-parse", "HEAD")
 
 
 def extension() -> dict[str, Any] | str:

@@ -61,12 +61,15 @@ def to_file(
     cases: Iterable[tuple[Any, ...]],
     measure: Callable[..., dict[str, Any]],
     print_table: Callable[[list[dict[str, Any]]], None],
+    alone: bool = False,
 ) -> None:
     """Measure all cases on a GPU and write the file after each, so that a run that is cut off leaves its figures.
 
     Args:
         name: the form that must not fail; an error of another one is a result.
-        cases: arguments of `measure`, which returns a row with its form, and with its error where there was one.
+        cases: arguments of `measure`, the last of them the form; it returns a row with its form, and with its error
+            where there was one.
+        alone: leave out the cases of other forms.
 
     Raises:
         SystemExit: the form that must not fail has failed somewhere; all is written and printed before.
@@ -74,6 +77,8 @@ def to_file(
     rows: list[dict[str, Any]] = []
     figures = {"provenance": provenance.of("cuda"), "rows": rows}
     for case in cases:
+        if alone and case[-1] != name:
+            continue
         rows.append(measure(*case))
         path.write_text(json.dumps(figures, indent=2) + "\n")
         print(".", end="", flush=True)
@@ -85,7 +90,7 @@ def to_file(
 
 
 def main(
-    name: str, on_cpu: Callable[[Path, float], None], on_cuda: Callable[[Path], None], seconds: float = 10
+    name: str, on_cpu: Callable[[Path, float], None], on_cuda: Callable[[Path, bool], None], seconds: float = 10
 ) -> None:
     """Measure on the device that the command line names; the help is the docstring of the benchmark's file.
 
@@ -99,11 +104,12 @@ def main(
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seconds", type=float, default=seconds, help="for each shape, on a CPU")
+    parser.add_argument("--fused-only", action="store_true", help="leave out the rivals, on a GPU")
     parser.add_argument("--output", type=Path, help=f"the JSON file; default results/{name}_DEVICE.json")
     options = parser.parse_args()
     path = options.output or Path(__file__).parent / "results" / f"{name}_{options.device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     if options.device == "cuda":
-        on_cuda(path)
+        on_cuda(path, options.fused_only)
     else:
         on_cpu(path, options.seconds)

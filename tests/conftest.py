@@ -30,6 +30,15 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread: several that wait for each other are slow on a busy machine, and small steps gain nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def gray_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 90 gray digits, 8 x 8, in three sub-folders."""

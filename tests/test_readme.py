@@ -1,7 +1,8 @@
-"""README.md keeps its word: its commands and blocks of Python are run, its options, files and links are there.
+"""README.md and docs/ keep their word: commands and Python are run; options, files, links are there; nothing twice.
 
 `make test` runs the commands of `QUICK`; the others take some seconds each and are marked slow. What is changed to
-make a command cheap stands in the tables below, and what cannot run here stands there with its reason.
+make a command cheap stands in the tables below, and what cannot run here stands there with its reason. The worked
+examples of docs/design.md are run by test_design.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from small_runs import write_colours, write_digits
 from iic_dist.config import Config
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = "README.md"
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / README, *sorted((ROOT / "docs").glob("*.md")))
+}
+"""Path -> text."""
+
+LONGEST_README = 200
 
 PROGRAMS = ("make", "source", "torchrun", "python", "pip", "tensorboard", "sbatch", "kubectl", "docker", "launch/")
 """A command starts with one of them, after settings of the environment such as RANKS=2."""
@@ -35,17 +42,18 @@ NOT_COMMANDS = (
     "run: runs/",
     "epoch 60: ",
     "runs/NAME/config.yaml ",
-    "images -> views",
+    "folder or named set -> data",
+    "doors         train",
 )
 """Starts of lines in indented blocks that show output or draw something; the rest of such a block is not looked at."""
 
-TRAINS = "test_commands.py::test_no_argument_clusters_the_digits"
+TRAINS = "doors/test_commands.py::test_no_argument_clusters_the_digits"
 CANNOT_RUN = {
     "make demo": ("installs; then it is this training", TRAINS),
     "make test": ("it is what runs this", None),
     "make demo SEED=1 PYTHON=python3.12": ("wants another interpreter and a network", TRAINS),
     "source .venv/bin/activate": ("make has made it, and a test is not run by make alone", None),
-    "make gpu": ("needs a GPU", "test_gpu_run.py::test_without_a_gpu_it_is_one_line"),
+    "make gpu": ("needs a GPU", "benchmarks/test_gpu_run.py::test_without_a_gpu_it_is_one_line"),
     "make bench": ("minutes, of a quiet machine", None),
     "make lint": ("installs; .ci/run runs it", None),
     "make test-all": ("it is what runs this", None),
@@ -55,7 +63,7 @@ CANNOT_RUN = {
     ),
     "python benchmarks/bench_scaling.py --device cpu": (
         "minutes",
-        "test_scaling.py::test_the_fit_finds_the_network_that_the_times_come_from",
+        "benchmarks/test_scaling.py::test_the_fit_finds_the_network_that_the_times_come_from",
     ),
     "HEAD=node0:29400 NODES=2 NODE_RANK=0 launch/multinode.sh --run.name mine --config cifar10": (
         "two machines",
@@ -125,9 +133,15 @@ def inline(text: str) -> list[str]:
 
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
-PYTHON = [block for language, block in FENCED.findall(README) if language == "python"]
-TEXT = FENCED.sub("\n", README)
-COMMANDS = list(dict.fromkeys([*indented(TEXT), *inline(TEXT)]))
+PYTHON = [
+    block
+    for page, text in PAGES.items()
+    for language, block in FENCED.findall(text)
+    if language == "python" and page != "docs/design.md"
+]
+TEXTS = {page: FENCED.sub("\n", text) for page, text in PAGES.items()}
+COMMANDS = list(dict.fromkeys(each for text in TEXTS.values() for each in [*indented(text), *inline(text)]))
+TABLE_RULE = re.compile(r"\|[-| ]+\|")
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -143,8 +157,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for name in ("launch", "benchmarks", "iic_dist"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("photos", "new", "signs", "cells", "bin"):
+    for name in ("photos", "new", "signs", "cells", "bin", "docs"):
         (folder / name).mkdir()
+    (folder / "docs/draw_views.py").symlink_to(ROOT / "docs/draw_views.py")  # it writes beside itself
     write_colours(folder / "photos", 24)
     write_colours(folder / "new", 3)
     write_colours(folder / "cells", 24)
@@ -245,29 +260,78 @@ def test_what_cannot_run_is_in_the_readme_and_run_elsewhere() -> None:
 def test_every_line_of_an_indented_block_is_a_command() -> None:
     start = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{'|'.join(PROGRAMS)})")
     assert [command for command in COMMANDS if not start.match(command)] == []
-    assert all(f"\n    {start}" in README for start in NOT_COMMANDS)
+    assert all(any(f"\n    {start}" in text for text in PAGES.values()) for start in NOT_COMMANDS)
 
 
 def test_every_option_is_one() -> None:
     groups = {group.name: group.default_factory for group in dataclasses.fields(Config)}  # type: ignore[misc]
     known = {f"{name}.{each.name}" for name, group in groups.items() for each in dataclasses.fields(group)}
     files = "py|sh|sbatch|yaml|json|jsonl|txt|png|html"
-    mentioned = set(re.findall(rf"(?:--|`)((?:{'|'.join(groups)})\.(?!(?:{files})\b)[a-z_]+)", README))
+    option = re.compile(rf"(?:--|`)((?:{'|'.join(groups)})\.(?!(?:{files})\b)[a-z_]+)")
+    mentioned = {name for page, text in TEXTS.items() if page != "docs/design.md" for name in option.findall(text)}
     assert len(mentioned) > 20
     assert mentioned - known == set()
 
 
-def test_every_file_of_the_map_and_every_link_is_there() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", README)
-    headings = {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", README, re.M)
+def anchors(path: str) -> set[str]:
+    """What a page's headings are called in a link, as GitHub does it."""
+    titles = re.findall(r"^#+ (.*)", FENCED.sub("\n", (ROOT / path).read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_is_there(page: str) -> None:
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", TEXTS[page]):
+        target = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
+        assert (ROOT / target).exists(), target
+        assert not anchor or anchor in anchors(target), f"{target}#{anchor}"
+
+
+def test_the_readme_fits_one_sitting_and_links_every_page() -> None:
+    assert len(PAGES[README].splitlines()) <= LONGEST_README
+    linked = set(re.findall(r"\]\((docs/\w[\w-]*\.md)", PAGES[README]))
+    assert linked == PAGES.keys() - {README}
+
+
+def test_the_map_names_what_is_there() -> None:
+    """Files and folders of the map exist, and no room of the package is left out."""
+    _, tree = FENCED.findall(PAGES[README].split("\n## Map")[1])[0]
+    inside, outside = re.search(r"^iic_dist/\n((?:  .*\n)+)((?:\w.*\n)+)", tree, re.MULTILINE).groups()  # type: ignore[union-attr]
+    named = {name for line in inside.splitlines() for name in re.findall(r"(\w+(?:\.py|/))", line.split("    ")[0])}
+    assert named == {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in (ROOT / "iic_dist").iterdir()
+        if (path.suffix == ".py" and path.name != "__init__.py") or (path / "__init__.py").is_file()
     }
-    for path, anchor in links:
-        assert not path or (ROOT / path).exists(), path
-        assert not anchor or path or anchor.removeprefix("#") in headings, anchor
-    for row in re.findall(r"^\| (`.*?) \|", README.split("\n## The map")[1], re.MULTILINE):
-        names = [Path(name) for name in re.findall(r"`([^`]+)`", row)]
-        folder = names[0] if (ROOT / names[0]).is_dir() else names[0].parent  # of the names that come without one
-        assert (ROOT / names[0]).exists(), names[0]
-        for name in names[1:]:
-            assert (ROOT / name).exists() or (ROOT / folder / name).exists(), name
+    assert all((ROOT / line.split()[0]).is_dir() for line in outside.splitlines())
+
+
+def test_every_path_that_is_named_is_there() -> None:
+    """Between backticks in the text: a file of the tree, from its root or from the package."""
+    path = re.compile(r"`((?:iic_dist|csrc|tests|benchmarks|launch|docs|\w+)/[\w./]+\.(?:py|h|cpp|md|json))`")
+    new = set(re.findall(r"^`([^`]+)`, a new file", PAGES["docs/design.md"], re.MULTILINE))
+    for page, text in TEXTS.items():
+        for name in set(path.findall(text)) - new:
+            places = [ROOT / name, ROOT / "iic_dist" / name, ROOT / "benchmarks" / name]
+            assert any(place.is_file() for place in places), f"{page}: {name}"
+
+
+def table_heads(lines: list[str]) -> set[int]:
+    """The places of the lines that head a table; several tables may have the same."""
+    return {place - 1 for place, line in enumerate(lines) if TABLE_RULE.fullmatch(line)}
+
+
+def test_no_line_stands_twice() -> None:
+    """Within a page or on two, the benchmarks' page among them: what is said twice is mended once."""
+    seen: dict[str, str] = {}
+    twice = []
+    for page, text in {**PAGES, "benchmarks/README.md": (ROOT / "benchmarks/README.md").read_text()}.items():
+        lines = text.splitlines() if page != "docs/design.md" else TEXTS[page].splitlines()
+        heads = table_heads(lines)
+        for place, line in enumerate(map(str.strip, lines)):
+            if len(line) < 30 or place in heads or TABLE_RULE.fullmatch(line):
+                continue
+            if line in seen:
+                twice.append(f"{seen[line]} and {page}: {line}")
+            seen[line] = page
+    assert twice == []

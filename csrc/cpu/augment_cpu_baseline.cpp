@@ -1,4 +1,4 @@
-// The view kernels for what every processor of the platform has: SSE2 on x86-64, NEON on arm64.
+// The view kernels for what every processor of the platform has.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -7,6 +7,5 @@
 
 #include "augment_kernels.h"
 
-#define IIC_DIST_ISA baseline
-#define IIC_DIST_VECTOR_BYTES 16
+#include "isa/baseline.h"
 #include "augment_kernels.inc"

@@ -1,5 +1,4 @@
-// The IIC kernels for AVX-512. Other headers come before the pragma: their inline functions are shared with
-// the rest of the program and must not need AVX-512.
+// The IIC kernels for AVX-512; see isa/avx512.h for the order of the headers.
 #if defined(__x86_64__)
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -12,17 +11,7 @@
 
 #include "iic_kernels.h"
 
-#define IIC_DIST_ISA avx512
-#define IIC_DIST_VECTOR_BYTES 64
-#define IIC_DIST_REGISTERS 32
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
-#endif
+#include "isa/avx512.h"
 #include "iic_kernels.inc"
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+#include "isa/end.h"
 #endif

@@ -1,17 +1,14 @@
-// The IIC kernels for what every processor of the platform has: SSE2 on x86-64, NEON on arm64.
+// The IIC kernels for what every processor of the platform has.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
 #include <vector>
 
 #include "iic_kernels.h"
 
-#define IIC_DIST_ISA baseline
-#define IIC_DIST_VECTOR_BYTES 16
-#if defined(__aarch64__)
-#define IIC_DIST_REGISTERS 32
-#else
-#define IIC_DIST_REGISTERS 16
-#endif
+#include "isa/baseline.h"
 #include "iic_kernels.inc"

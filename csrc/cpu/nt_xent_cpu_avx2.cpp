@@ -1,5 +1,4 @@
-// The NT-Xent kernels for AVX2. Other headers come before the pragma: their inline functions are shared with the
-// rest of the program and must not need AVX2.
+// The NT-Xent kernels for AVX2; see isa/avx2.h for the order of the headers.
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cmath>
@@ -9,16 +8,7 @@
 
 #include "nt_xent_kernels.h"
 
-#define IIC_DIST_ISA avx2
-#define IIC_DIST_VECTOR_BYTES 32
-#define IIC_DIST_REGISTERS 16
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma")
-#endif
+#include "isa/avx2.h"
 #include "nt_xent_kernels.inc"
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+#include "isa/end.h"
 #endif

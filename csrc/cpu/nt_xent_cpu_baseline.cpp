@@ -1,4 +1,4 @@
-// The NT-Xent kernels for what every processor of the platform has: SSE2 on x86-64, NEON on arm64.
+// The NT-Xent kernels for what every processor of the platform has.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -7,11 +7,5 @@
 
 #include "nt_xent_kernels.h"
 
-#define IIC_DIST_ISA baseline
-#define IIC_DIST_VECTOR_BYTES 16
-#if defined(__aarch64__)
-#define IIC_DIST_REGISTERS 32
-#else
-#define IIC_DIST_REGISTERS 16
-#endif
+#include "isa/baseline.h"
 #include "nt_xent_kernels.inc"

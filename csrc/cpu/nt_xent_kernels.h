@@ -1,28 +1,29 @@
-// What nt_xent_cpu.cpp asks of an instruction set between the matrix products of the library.
-// nt_xent_cpu_{avx512,avx2,baseline}.cpp each compile nt_xent_kernels.inc for one.
+// What nt_xent_cpu.cpp asks of an instruction set. nt_xent_cpu_{avx512,avx2,baseline}.cpp each compile
+// nt_xent_kernels.inc for one.
 #pragma once
 
 #include <cstdint>
 
 namespace iic_dist::cpu {
 
-constexpr int64_t kTileColumns = 512;  // with 256 rows of float32 a tile takes half of a 1 MiB cache
+constexpr int64_t kBlockRows = 64;  // of z, of one task: from the shape alone, never from the number of threads
 
-// Similarities of some rows with some columns, kTileColumns apart; `scale` makes s = z z^T / temperature of them.
-// Pairs that do not count are -inf; so may be what follows the last column.
 template <typename A>
-struct SimilarityTile {
-  A* data;
-  int64_t rows, columns;
-  A scale;
+struct NTXentTask {
+  const A* z;                 // (2G, D)
+  int64_t total, dimensions;  // 2G, D
+  int64_t first, count;       // this rank's rows of z
+  A scale;                    // 1 / temperature
+
+  int64_t positive(int64_t row) const { return first + (row - first + count / 2) % count; }
 };
 
+// Each function does one independent piece of work, a block of this rank's rows, in scratch memory of its own.
 template <typename A>
 struct NTXentKernels {
-  // Goes on with each row's largest s and sum of exp(s - largest) by the columns of the tile.
-  void (*add_exponentials)(const SimilarityTile<A>&, A* largest, A* sums);
-  // Replaces each similarity by p_ij + p_ji = exp(s - lse_i) + exp(s - lse_j).
-  void (*weigh)(const SimilarityTile<A>&, const A* row_lse, const A* column_lse);
+  int64_t (*scratch_size)(int64_t dimensions);  // elements that a block needs
+  void (*rows)(const NTXentTask<A>&, int64_t block, A* log_sum_exp, A* positive, A* scratch);
+  void (*rows_grad)(const NTXentTask<A>&, int64_t block, const A* log_sum_exp, A grad_scale, A* grad, A* scratch);
 };
 
 namespace avx512 {

@@ -1,6 +1,6 @@
 // Vectors of a fixed width on the compiler's own vector extension: x86 of any age and arm64 from one source.
 //
-// Include it after the target pragma of a translation unit (see iic_cpu_avx512.cpp) and after every other
+// Include it after the target pragma of a translation unit (see isa/avx512.h) and after every other
 // header: all of it is in an anonymous namespace, so that each instruction set keeps its own code.
 #pragma once
 

@@ -20,29 +20,28 @@ struct JointGrad {
   int64_t grad_loss_stride;
 };
 
-// Copies rows [first, first + count) of one head's K x K gradient to `out`, minus each row's mean, times grad_loss;
-// zeros from row and column K on. A constant per row of G adds the same to all g_i of G^T z and cancels in
-// g - <z, g>; taken out beforehand, it leaves no rounding error behind. count: a multiple of 4.
-template <int kMax, int kStride>
-__device__ void load_centred(float* out, const JointGrad& grad, int head, int first, int count, int num_clusters) {
+// Copies one head's K x K gradient to `out`, minus each row's mean, times grad_loss; zeros from row and column K on. A
+// constant per row of G adds the same to all g_i of G^T z and cancels in g - <z, g>; taken out beforehand, it leaves no
+// rounding error behind. kMax: a multiple of 16, on whole warps.
+template <int kMax>
+__device__ void load_centred(float* out, const JointGrad& grad, int head, int num_clusters) {
   constexpr int kLanes = 8, kCols = kMax / kLanes;
   const int lane = threadIdx.x % kLanes;
   const float scale = grad.grad_loss[head * grad.grad_loss_stride];
   const float* matrix = grad.data + static_cast<int64_t>(head) * num_clusters * num_clusters;
-  for (int row = threadIdx.x / kLanes; row < count; row += blockDim.x / kLanes) {
+  for (int row = threadIdx.x / kLanes; row < kMax; row += blockDim.x / kLanes) {
     float value[kCols], sum = 0;
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       const int col = lane + j * kLanes;
-      const bool inside = first + row < num_clusters && col < num_clusters;
-      value[j] = inside ? matrix[(first + row) * num_clusters + col] : 0.f;
+      value[j] = row < num_clusters && col < num_clusters ? matrix[row * num_clusters + col] : 0.f;
       sum += value[j];
     }
     const float mean = group_sum<kLanes>(sum) / num_clusters;
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
       const int col = lane + j * kLanes;
-      out[row * kStride + col] = col < num_clusters ? (value[j] - mean) * scale : 0.f;
+      out[row * kMax + col] = col < num_clusters ? (value[j] - mean) * scale : 0.f;
     }
   }
 }
@@ -60,8 +59,8 @@ __global__ void __launch_bounds__(256)
   if (entry < num_entries) {
     const int64_t head = entry / matrix_size;
     const float* source = partial + head * chunks * matrix_size + entry % matrix_size;
-#pragma unroll 8
-    for (int chunk = 0; chunk < chunks; ++chunk) sum += source[static_cast<int64_t>(chunk) * matrix_size];
+    sum = sum_in_batches<float>(chunks,
+                                [&](int chunk) { return source[static_cast<int64_t>(chunk) * matrix_size]; });
   }
   sums[entry] = entry < num_entries ? sum : num_pairs;
 }

@@ -65,10 +65,20 @@ auto with_small_max(int64_t k, const Body& body) {
 
 template <typename Body>
 auto with_tiled_max(int64_t k, const Body& body) {
-  if (k <= 64) return body(std::integral_constant<int, 64>());
-  if (k <= 96) return body(std::integral_constant<int, 96>());
-  if (k <= 128) return body(std::integral_constant<int, 128>());
+  if (k <= 48) return body(std::integral_constant<int, 48>());
+  if (k <= 80) return body(std::integral_constant<int, 80>());
+  if (k <= 112) return body(std::integral_constant<int, 112>());
   return body(std::integral_constant<int, kTiledMax>());
+}
+
+// Likewise with the values of a row that a lane keeps in registers, 0 where they would be too many.
+template <typename acc_t, typename Body>
+auto with_library_cols(int64_t k, const Body& body) {
+  if constexpr (std::is_same_v<acc_t, float>) {
+    if (k <= 8 * kWarp) return body(std::integral_constant<int, 8>());
+    if (k <= 32 * kWarp) return body(std::integral_constant<int, 32>());
+  }
+  return body(std::integral_constant<int, 0>());
 }
 
 // How the rows of every head are split over blocks: chunks of whole tiles, enough to fill the device once.
@@ -100,6 +110,15 @@ void check_heads(int64_t heads) {
   TORCH_CHECK_VALUE(heads <= 65535, heads, " sub-heads: at most 65535, the limit of a CUDA grid");
 }
 
+// With the shared memory that the probabilities of a tile take.
+template <int kMax, typename scalar_t, typename... Parameters, typename... Arguments>
+void launch_tiled(void (*kernel)(Parameters...), dim3 grid, const Arguments&... arguments) {
+  constexpr int kShared = TiledProbs<kMax, kPlanes<scalar_t>>::kBytes;
+  static_assert(kShared <= 90 * 1024);  // of the 99 KiB of any device; some are static
+  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  kernel<<<grid, kTiledThreads<kMax>, kShared, getCurrentCUDAStream()>>>(arguments...);
+}
+
 // ---- iic_joint
 
 template <typename scalar_t>
@@ -118,8 +137,8 @@ void launch_joint(const at::Tensor& logits_a, const at::Tensor& logits_b, const 
     });
   } else {
     with_tiled_max(k, [&](auto max) {
-      iic_tiled_joint_kernel<max.value, scalar_t>
-          <<<split.grid(), kTiledThreads, 0, stream>>>(batch, split.tiles_per_block, out);
+      launch_tiled<max.value, scalar_t>(iic_tiled_joint_kernel<max.value, scalar_t>, split.grid(), batch,
+                                        split.tiles_per_block, out);
     });
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -136,9 +155,12 @@ at::Tensor library_softmax(const at::Tensor& logits) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "iic_softmax_cuda", [&] {
     using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     using operand_t = std::conditional_t<std::is_same_v<scalar_t, c10::Half>, c10::BFloat16, scalar_t>;
-    iic_softmax_kernel<acc_t, operand_t, scalar_t><<<grid, kLibraryThreads, 0, getCurrentCUDAStream()>>>(
-        rows_of<scalar_t>(logits), logits.size(0), static_cast<int>(logits.size(2)),
-        probs.mutable_data_ptr<operand_t>());
+    with_library_cols<acc_t>(logits.size(2), [&](auto cols) {
+      iic_softmax_kernel<cols.value, acc_t, operand_t, scalar_t>
+          <<<grid, kLibraryThreads, 0, getCurrentCUDAStream()>>>(rows_of<scalar_t>(logits), logits.size(0),
+                                                                 static_cast<int>(logits.size(2)),
+                                                                 probs.mutable_data_ptr<operand_t>());
+    });
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return probs;
@@ -170,25 +192,44 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> iic_joint_cuda(const at::Tensor& 
 
 // ---- iic_information
 
-void launch_one_block(const InformationArgs<float>& args) {
-  const int k = args.num_clusters;
-  const int threads = static_cast<int>(std::min<int64_t>(1024, ceil_div(k * k, kWarp) * kWarp));
-  const size_t shared = sizeof(float) * (k * (k | 1) + k);
-  iic_information_kernel<<<args.num_heads, threads, shared, getCurrentCUDAStream()>>>(args);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+// Blocks that share a head's matrix: one where the device or the code that runs on it knows no clusters of blocks.
+int information_blocks(int num_clusters) {
+  static const bool compiled = [] {
+    cudaFuncAttributes attributes;
+    C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, iic_information_kernel));
+    return attributes.ptxVersion >= 90;
+  }();
+  int major = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, c10::cuda::current_device()));
+  return compiled && major >= 9 && num_clusters > kWarp ? kInformationBlocks : 1;
+}
+
+void launch_one_cluster(const InformationArgs<float>& args) {
+  const int k = args.num_clusters, blocks = information_blocks(k);
+  cudaLaunchAttribute shape;
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks, args.num_heads);
+  config.blockDim = dim3(std::min(1024, k * kWarp));
+  config.dynamicSmemBytes = sizeof(float) * (k * (k | 1) + k);
+  config.stream = getCurrentCUDAStream();
+  config.attrs = &shape;
+  config.numAttrs = blocks > 1 ? 1 : 0;
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, iic_information_kernel, args));
 }
 
 template <typename acc_t>
 void launch_information(const InformationArgs<acc_t>& args, const at::TensorOptions& options) {
   if constexpr (std::is_same_v<acc_t, float>) {
-    if (args.num_clusters <= kOneBlockMax) return launch_one_block(args);
+    if (args.num_clusters <= kOneBlockMax) return launch_one_cluster(args);
   }
   const auto stream = getCurrentCUDAStream();
   const auto heads = static_cast<unsigned>(args.num_heads);
   const auto side = static_cast<unsigned>(ceil_div(args.num_clusters, kInformationTile));
   const at::Tensor marginals = at::empty({2, args.num_heads, args.num_clusters}, options);
   const at::Tensor partial = at::empty({args.num_heads, side, side, 2}, options);
-  iic_marginal_kernel<acc_t><<<dim3(side, heads), kInformationThreads, 0, stream>>>(
+  iic_marginal_kernel<acc_t><<<dim3(side, heads), kMarginalThreads, 0, stream>>>(
       args, marginals.mutable_data_ptr<acc_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   iic_terms_kernel<acc_t><<<dim3(side, side, heads), kInformationThreads, 0, stream>>>(
@@ -244,10 +285,8 @@ void launch_logits_grad(const at::Tensor& logits_a, const at::Tensor& logits_b, 
   } else {
     const Chunks split = tiled_chunks(batch);
     with_tiled_max(k, [&](auto max) {
-      const auto kernel = iic_tiled_grad_kernel<max.value, scalar_t>;
-      const int shared = sizeof(float) * kTiledGradShared<max.value>;
-      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-      kernel<<<split.grid(), kTiledThreads, shared, stream>>>(batch, joint_grad, split.tiles_per_block, out_a, out_b);
+      launch_tiled<max.value, scalar_t>(iic_tiled_grad_kernel<max.value, scalar_t>, split.grid(), batch, joint_grad,
+                                        split.tiles_per_block, out_a, out_b);
     });
   }
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -281,9 +320,11 @@ void library_logits_grad(const at::Tensor& logits, const at::Tensor& partner, co
   const dim3 grid(static_cast<unsigned>(ceil_div(logits.size(0), kLibraryRows)), static_cast<unsigned>(logits.size(1)));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "iic_softmax_grad_cuda", [&] {
     using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    iic_softmax_grad_kernel<acc_t, scalar_t><<<grid, kLibraryThreads, 0, getCurrentCUDAStream()>>>(
-        rows_of<scalar_t>(logits), grad_probs.const_data_ptr<acc_t>(), logits.size(0), partner.size(0),
-        static_cast<int>(logits.size(2)), grad.mutable_data_ptr<scalar_t>());
+    with_library_cols<acc_t>(logits.size(2), [&](auto cols) {
+      iic_softmax_grad_kernel<cols.value, acc_t, scalar_t><<<grid, kLibraryThreads, 0, getCurrentCUDAStream()>>>(
+          rows_of<scalar_t>(logits), grad_probs.const_data_ptr<acc_t>(), logits.size(0), partner.size(0),
+          static_cast<int>(logits.size(2)), grad.mutable_data_ptr<scalar_t>());
+    });
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -48,11 +48,11 @@ at::Tensor kernel_operand(const at::Tensor& z) {
 
 // Calls body(Shape(), scalar_t()) with the shape for rows of that length: the largest that fits any device's 99 KiB
 // and the registers.
-template <int kWarpsForShortRows, typename Body>
+template <int kWarpsForShortRows, int kColumnsForShortRows, typename Body>
 void with_shape(const at::Tensor& z, const Body& body) {
   const auto choose = [&]<typename scalar_t>(scalar_t zero) {
     if constexpr (!std::is_same_v<scalar_t, float>) {
-      if (row_bytes(z) <= 256) return body(NTXentShape<kWarpsForShortRows, 2, 32, 256>(), zero);
+      if (row_bytes(z) <= 256) return body(NTXentShape<kWarpsForShortRows, 2, kColumnsForShortRows, 256>(), zero);
     }
     if (row_bytes(z) <= 512) return body(NTXentShape<4, 2, 16, 512>(), zero);
     return body(NTXentShape<4, 1, 16, 1024>(), zero);
@@ -106,7 +106,7 @@ std::tuple<at::Tensor, at::Tensor> nt_xent_rows_cuda(const at::Tensor& embedding
   const at::Tensor z = kernel_operand(embeddings);
   const auto options = z.options().dtype(at::kFloat);
   const at::Tensor log_sum_exp = at::empty({num_rows}, options), positive = at::empty({num_rows}, options);
-  with_shape<8>(z, [&]<typename Shape, typename scalar_t>(Shape, scalar_t) {
+  with_shape<8, 48>(z, [&]<typename Shape, typename scalar_t>(Shape, scalar_t) {
     const NTXentGrid grid(num_rows, Shape::kRows, ceil_div(z.size(0), Shape::kColumns), 1);
     const at::Tensor partial = at::empty({grid.splits, num_rows, 2}, options);
     auto* const parts = reinterpret_cast<float2*>(partial.mutable_data_ptr<float>());
@@ -131,7 +131,7 @@ at::Tensor nt_xent_rows_grad_cuda(const at::Tensor& embeddings, const at::Tensor
   const at::Tensor z = kernel_operand(embeddings), all_lse = log_sum_exp.contiguous();
   const int64_t num_features = embeddings.size(1), chunks = ceil_div(z.size(1), kNTXentChunk);
   const at::Tensor grad = at::empty({num_rows, num_features}, all_lse.options());
-  with_shape<4>(z, [&]<typename Shape, typename scalar_t>(Shape, scalar_t) {
+  with_shape<4, 32>(z, [&]<typename Shape, typename scalar_t>(Shape, scalar_t) {
     const int64_t num_tiles = ceil_div(z.size(0), Shape::kColumns), num_factors = num_tiles * Shape::kColumns;
     const NTXentGrid grid(num_rows, Shape::kRows, num_tiles, chunks);
     const at::Tensor factors = at::empty({num_factors}, grad.options());

@@ -51,6 +51,21 @@ __device__ T block_sum(T value, T* scratch) {
   return sum;
 }
 
+// read(0) + ... + read(count - 1), in this order; 16 of them are on their way from memory at once.
+template <typename T, typename Read>
+__device__ T sum_in_batches(int count, const Read& read) {
+  constexpr int kBatch = 16;
+  T sum = 0;
+  for (int first = 0; first < count; first += kBatch) {
+    T values[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) values[i] = first + i < count ? read(first + i) : T(0);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) sum += values[i];
+  }
+  return sum;
+}
+
 // 2^x to 2^-22 relative; 0 below 2^-126.
 __device__ inline float fast_exp2(float x) {
   float power;
@@ -64,20 +79,26 @@ __device__ T clamp_min(T x, T low) {
   return x < low ? low : x;
 }
 
-// Softmax of one row by a group of kLanes lanes: this lane gets columns lane, lane + kLanes, ... in p, zero from
-// column num_cols on (NaN in a row of NaN). A null row gives zeros. Every lane of the warp must call.
-template <int kLanes, int kCols, typename scalar_t>
-__device__ void softmax_row(const scalar_t* row, int num_cols, float (&p)[kCols]) {
+// Values of one row by a group of kLanes lanes, which take kSide columns side by side in turn: p[j] is that of column
+// (j / kSide * kLanes + lane) * kSide + j % kSide, -inf from column num_cols on. A null row gives zeros.
+template <int kLanes, int kSide = 1, int kCols, typename scalar_t>
+__device__ void load_row(const scalar_t* row, int num_cols, float (&p)[kCols]) {
   const int lane = threadIdx.x % kLanes;
   const bool present = row != nullptr;
-  const float outside = present ? -INFINITY : 0.f;
-  float largest = outside;
 #pragma unroll
   for (int j = 0; j < kCols; ++j) {
-    const int col = lane + j * kLanes;
-    p[j] = present && col < num_cols ? static_cast<float>(row[col]) : outside;
-    largest = fmaxf(largest, p[j]);
+    const int col = (j / kSide * kLanes + lane) * kSide + j % kSide;
+    p[j] = present && col < num_cols ? static_cast<float>(row[col]) : present ? -INFINITY : 0.f;
   }
+}
+
+// Their softmax, in place; zeros for a null row, NaN in a row of NaN past the last column too. Every lane of the warp
+// must call.
+template <int kLanes, int kCols>
+__device__ void softmax_values(bool present, float (&p)[kCols]) {
+  float largest = p[0];
+#pragma unroll
+  for (int j = 1; j < kCols; ++j) largest = fmaxf(largest, p[j]);
   largest = group_max<kLanes>(largest);
   float sum = 0;
 #pragma unroll
@@ -89,6 +110,12 @@ __device__ void softmax_row(const scalar_t* row, int num_cols, float (&p)[kCols]
   const float scale = present ? __fdividef(1.f, sum) : 0.f;
 #pragma unroll
   for (int j = 0; j < kCols; ++j) p[j] *= scale;
+}
+
+template <int kLanes, int kSide = 1, int kCols, typename scalar_t>
+__device__ void softmax_row(const scalar_t* row, int num_cols, float (&p)[kCols]) {
+  load_row<kLanes, kSide>(row, num_cols, p);
+  softmax_values<kLanes>(row != nullptr, p);
 }
 
 }  // namespace iic_dist

@@ -85,6 +85,32 @@ __device__ uint32_t pack(float first, float second) {
   return pair;
 }
 
+// Two float32 as kPlanes pairs of bfloat16 that add up to them, largest first: three hold all 24 bits.
+template <int kPlanes>
+__device__ void split(float first, float second, uint32_t (&planes)[kPlanes]) {
+#pragma unroll
+  for (int p = 0; p < kPlanes; ++p) {
+    planes[p] = pack<c10::BFloat16>(first, second);
+    first -= __uint_as_float(planes[p] << 16);
+    second -= __uint_as_float(planes[p] & 0xffff0000u);
+  }
+}
+
+// large + small += A B of operands in planes. Left out are products of planes that count for less than the last plane
+// of either: 2^-24 relative of three, 2^-16 of two. b[p] holds kSteps operands, of which `step` is multiplied.
+template <int kSteps, int kPlanes>
+__device__ void multiply_planes(float (&large)[4], float (&small)[4], const uint32_t (&a)[kPlanes][4],
+                                const uint32_t (&b)[kPlanes][2 * kSteps], int step) {
+#pragma unroll
+  for (int order = kPlanes - 1; order >= 0; --order) {
+#pragma unroll
+    for (int p = 0; p <= order; ++p) {
+      const uint32_t operand[2] = {b[order - p][2 * step], b[order - p][2 * step + 1]};
+      mma_16x8x16<c10::BFloat16>(order == 0 ? large : small, a[p], operand);
+    }
+  }
+}
+
 // Four 8 x 8 matrices of 16 bits from shared memory: lanes 8i to 8i + 7 give the addresses of the rows of the i-th, 16
 // bytes each, and get in bits[i] the pair (g, 2t), (g, 2t + 1) of it. Of rows of four float32, that is (g, t).
 __device__ inline void load_matrices(uint32_t (&bits)[4], const void* row) {

@@ -10,6 +10,7 @@ import torch
 
 from iic_dist import distributed
 from iic_dist.config import Config
+from iic_dist.data.folder import Reading
 from iic_dist.data.image_set import ImageSet
 from iic_dist.data.load import load_image_set
 from iic_dist.distributed import Place
@@ -48,6 +49,13 @@ def load_data(config: Config, place: Place) -> RunData:
     data = config.data
     first = place.local_rank == 0
     unreadable: list[tuple[str, str]] = []
+    reading = Reading(
+        cache=Path(data.cache or f"{data.root}/decoded"),
+        workers=data.workers,
+        relist=data.relist and first,  # the others of a machine take what the first has found
+        verify=first,
+        progress=config.monitor.progress and place.is_main,
+    )
 
     def load(split: str) -> ImageSet:
         loaded = load_image_set(
@@ -56,12 +64,8 @@ def load_data(config: Config, place: Place) -> RunData:
             split,
             image_size=data.image_size if data.name.startswith("folder:") else None,
             folder_labels=data.folder_labels,
-            cache=Path(data.cache or f"{data.root}/decoded"),
-            workers=data.workers,
-            relist=data.relist and first,  # the others of a machine take what the first has found
-            verify=first,
+            reading=reading,
             download=data.download and first,
-            progress=config.monitor.progress and place.is_main,
             unreadable=unreadable,
         )
         return loaded if data.channels is None else loaded.with_channels(data.channels)

@@ -90,5 +90,5 @@ def choose(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     )
     for name, choice in choices.items():
         say(f"  --{name} {choice.value}".ljust(40) + choice.reason)
-    say("  (objects without a fixed orientation: --views.rotation 180 --views.flip 0.5; more recipes in the README)")
+    say("  (objects at any angle: --views.rotation 180 --views.flip 0.5; more recipes in docs/own-images.md)")
     return {name: choice.value for name, choice in choices.items()}

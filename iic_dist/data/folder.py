@@ -7,6 +7,7 @@ import json
 import os
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,18 +21,36 @@ from iic_dist.data.listing import SUFFIXES, Unreadable, list_or_recall, printabl
 from iic_dist.errors import UsageError
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a folder is read: with what means, and which of its files are left out.
+
+    Attributes:
+        max_pixels: A file whose header says more is not decoded (a 236 kB PNG can decode to 1.3 GB).
+        cache: Folder where the decoded images are kept for other runs and processes; they are decoded again when a
+            file comes, goes or changes its size or time of change. None: a temporary file, for this process.
+        workers: Processes that decode. 0: this one does. None: one a core, at most 16.
+        relist: Look for files that came, went or changed. False: trust the listing that `cache` keeps, if it does.
+        verify: Compare the checksums of decoded images that are there; one process of a machine is enough.
+        progress: Show a progress bar; off for all ranks but one.
+        follow_links: Also read symbolic links that lead out of the folder.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    cache: Path | None = None
+    workers: int | None = 0
+    relist: bool = True
+    verify: bool = True
+    progress: bool = True
+    follow_links: bool = False
+
+
 def load_folder(
     folder: Path,
+    reading: Reading | None = None,
     *,
     image_size: int = 96,
     labels: bool = False,
-    follow_links: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    cache: Path | None = None,
-    workers: int | None = 0,
-    relist: bool = True,
-    verify: bool = True,
-    progress: bool = True,
     unreadable: Unreadable | None = None,
 ) -> ImageSet:
     """Load every image under `folder`, in any nesting, in the order of the relative paths.
@@ -42,16 +61,9 @@ def load_folder(
 
     Args:
         folder: Where to look; ~ is expanded.
+        reading: How; None for the defaults.
         image_size: S, side of the loaded images in pixels.
         labels: Take the top-level sub-folders as classes; an image in none of them gets the label -1.
-        follow_links: Also read symbolic links that lead out of the folder.
-        max_pixels: A file whose header says more is not decoded (a 236 kB PNG can decode to 1.3 GB).
-        cache: Folder where the decoded images are kept for other runs and processes; they are decoded again when a
-            file comes, goes or changes its size or time of change. None: a temporary file, for this process.
-        workers: Processes that decode. 0: this one does. None: one a core, at most 16.
-        relist: Look for files that came, went or changed. False: trust the listing that `cache` keeps, if it does.
-        verify: Compare the checksums of decoded images that are there; one process of a machine is enough.
-        progress: Show a progress bar; off for all ranks but one.
         unreadable: Gets (relative path, reason) for each file that was skipped, in order of the paths.
             Without it one warning tells their number.
 
@@ -59,12 +71,14 @@ def load_folder(
         UsageError: no such folder, no image file in it, none that can be read, labels without sub-folders, no room
             for the decoded images, or a decoding process that ended.
     """
+    reading = reading or Reading()
     root = folder.expanduser()
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
         raise UsageError(f"the image folder {str(folder)!r} {problem}")
-    kept = None if cache is None else f"{cache.expanduser()}/{_kept_name(root)}"
-    listing = list_or_recall(root, follow_links, None if kept is None else Path(f"{kept}.listing"), relist)
+    kept = None if reading.cache is None else f"{reading.cache.expanduser()}/{_kept_name(root)}"
+    kept_listing = None if kept is None else Path(f"{kept}.listing")
+    listing = list_or_recall(root, reading.follow_links, kept_listing, reading.relist)
     if not listing.paths and not listing.refused:
         raise UsageError(
             f"the image folder {str(folder)!r} holds no image file (names that end in {' '.join(SUFFIXES)})"
@@ -72,15 +86,18 @@ def load_folder(
     if labels:
         _class_names(listing.paths, folder)  # an error now rather than after the decoding
 
-    source = json.dumps([listing.digest, image_size, max_pixels, DECODER])
+    source = json.dumps([listing.digest, image_size, reading.max_pixels, DECODER])
 
     def decode_into(file: BinaryIO) -> None:
         _check_room(file, len(listing.paths), image_size)
-        with decoded_files(root, listing.paths, image_size, max_pixels, workers, progress) as chunks:
+        decoded = decoded_files(root, listing.paths, image_size, reading.max_pixels, reading.workers, reading.progress)
+        with decoded as chunks:
             decoded_cache.write(file, source, image_size, chunks)
 
     path = None if kept is None else Path(f"{kept}-{image_size}px.images")
-    images, contents = decoded_cache.read_or_build(path, source, decode_into, verify=verify, progress=progress)
+    images, contents = decoded_cache.read_or_build(
+        path, source, decode_into, verify=reading.verify, progress=reading.progress
+    )
     problems = [(printable(path), reason) for path, reason in sorted(listing.refused + contents.malformed)]
     if unreadable is not None:
         unreadable.extend(problems)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from iic_dist.data.decode import MAX_PIXELS
-from iic_dist.data.folder import load_folder
+from iic_dist.data.folder import Reading, load_folder
 from iic_dist.data.image_set import ImageSet
 from iic_dist.data.listing import Unreadable
 from iic_dist.data.named import LOADERS, load_named, splits
@@ -21,14 +20,8 @@ def load_image_set(
     *,
     image_size: int | None = None,
     folder_labels: bool = False,
-    follow_links: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    cache: Path | None = None,
-    workers: int | None = 0,
-    relist: bool = True,
-    verify: bool = True,
+    reading: Reading | None = None,
     download: bool = True,
-    progress: bool = True,
     unreadable: Unreadable | None = None,
 ) -> ImageSet:
     """Load a named data set, or the images of a folder.
@@ -39,8 +32,8 @@ def load_image_set(
         split: "train", "test" or "all" (train followed by test); "unlabelled" of stl10. A folder has one
             split, which answers to "all" and to "train".
         image_size: Side in pixels that a folder's images get (default 96); a named set has its own.
-        folder_labels, follow_links, max_pixels, cache, workers, relist, verify, progress,
-            unreadable: See `load_folder`.
+        folder_labels, reading, unreadable: As `labels`, `reading` and `unreadable` of `load_folder`; not used for a
+            named set.
         download: Fetch a named set that is not there. At most one process of a machine may: under torchrun
             local rank 0 goes first, then the others without.
 
@@ -68,14 +61,8 @@ def load_image_set(
         raise UsageError("data set 'folder:' names no folder: use folder:DIR")
     return load_folder(
         Path(directory),
+        reading,
         image_size=96 if image_size is None else image_size,
         labels=folder_labels,
-        follow_links=follow_links,
-        max_pixels=max_pixels,
-        cache=cache,
-        workers=workers,
-        relist=relist,
-        verify=verify,
-        progress=progress,
         unreadable=unreadable,
     )

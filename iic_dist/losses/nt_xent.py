@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from iic_dist import distributed
@@ -14,6 +15,10 @@ from iic_dist.ops import nt_xent
 
 SMALLEST_NORM = 1e-12
 """An embedding is divided by no less, as in torch.nn.functional.normalize: one of zeros stays so."""
+LONGEST_SUM = 1 << 13
+"""Values that PyTorch adds in one order whatever the number of threads."""
+BLOCK_ELEMENTS = 1 << 19
+"""Products of two embeddings held at once: 2 MiB in float32."""
 
 
 class _NTXentLoss(torch.autograd.Function):
@@ -40,7 +45,7 @@ class _NTXentLoss(torch.autograd.Function):
         log_sum_exp, positive = distributed.gather_rows(torch.stack(rows, 1), sizes, group).unbind(1)
         ctx.save_for_backward(z, log_sum_exp, norm)
         ctx.ops, ctx.dtype, ctx.world_size = ops, embeddings_a.dtype, distributed.world_size(group)
-        return (log_sum_exp - positive).mean()
+        return _mean(log_sum_exp - positive)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,10 +54,31 @@ class _NTXentLoss(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             grad = ctx.ops.nt_xent_rows_grad(z, log_sum_exp, *ctx.place)
             own = z[first_row : first_row + num_rows].to(grad.dtype)
-            radial = torch.bmm(own.unsqueeze(1), grad.unsqueeze(2)).squeeze(2)  # vecdot makes a copy in between
+            radial = _row_products(own, grad)
         grad.addcmul_(own, radial, value=-1).mul_(grads[0] * ctx.world_size / norm)
         del own
         return *grad.to(ctx.dtype).chunk(2), None, None, None, None, None, None
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Take the mean of a vector, added in an order that its length alone sets.
+
+    PyTorch shares a sum of 32768 values or more between its threads: as many partial sums as there are threads.
+    """
+    if len(values) <= LONGEST_SUM:
+        return values.mean()
+    rows = F.pad(values, (0, -len(values) % LONGEST_SUM)).view(-1, LONGEST_SUM)
+    return rows.sum(1).sum() / len(values)
+
+
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply each row of (2N, D) with its like, into (2N, 1), a block at a time: the copy in between stays small.
+
+    torch.bmm hands rows of 400 values or more to a library, whose order of addition is its own affair.
+    """
+    rows = max(1, BLOCK_ELEMENTS // left.shape[1])
+    products = [torch.linalg.vecdot(*block) for block in zip(left.split(rows), right.split(rows), strict=True)]
+    return torch.cat(products).unsqueeze(1)
 
 
 def nt_xent_loss(

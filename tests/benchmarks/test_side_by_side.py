@@ -82,16 +82,20 @@ def test_the_command_line_names_device_time_and_file(tmp_path: Path, monkeypatch
 
     def main(*options: str) -> None:
         monkeypatch.setattr("sys.argv", ["bench", *options])
-        side_by_side.main(
-            "iic", lambda path, seconds: calls.append((path, seconds)), lambda path: calls.append((path,)), seconds=3
-        )
+        side_by_side.main("iic", lambda *arguments: calls.append(arguments), lambda *a: calls.append(a), seconds=3)
 
     main()
     main("--device", "cuda")
+    main("--device", "cuda", "--fused-only")
     main("--seconds", "0.5", "--output", str(tmp_path / "new" / "figures.json"))
     results = Path(side_by_side.__file__).parent / "results"
     new = tmp_path / "new" / "figures.json"
-    assert calls == [(results / "iic_cpu.json", 3), (results / "iic_cuda.json",), (new, 0.5)]
+    assert calls == [
+        (results / "iic_cpu.json", 3),
+        (results / "iic_cuda.json", False),
+        (results / "iic_cuda.json", True),
+        (new, 0.5),
+    ]
     assert new.parent.is_dir()
 
 

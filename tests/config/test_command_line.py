@@ -27,6 +27,19 @@ def test_help_lists_every_setting_and_nothing_else(capsys: pytest.CaptureFixture
     assert listed == ["--config", "--print_config", *settings]
 
 
+def test_help_says_what_the_docstrings_say(capsys: pytest.CaptureFixture[str]) -> None:
+    """jsonargparse reads them with a package of its extra `signatures`, and shows None without it."""
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for settings in Config().__dict__.values():
+        described = (settings.__doc__ or "").partition("Attributes:")[2].split()
+        assert len(described) > 10
+        texts = " ".join(described).split(": ", 1)[1]  # of the first setting
+        assert texts[:10] in shown
+        assert str(type(settings)) not in shown
+
+
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_a_preset_sets_what_it_says(preset: str) -> None:
     config, written = parse(["--config", preset]), yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
@@ -74,37 +87,15 @@ def test_several_numbers_of_clusters_have_a_head_each() -> None:
     ("arguments", "says"),
     [
         (["--data.batch_size", "many"], "data.batch_size.*many"),
-        (["--data.batch_size", "0"], "data.batch_size=0: must be above 0"),
         (["--data.bach_size", "1"], "bach_size"),
         (["--config", "cifar11"], "--config cifar11.*cifar10"),
         (["--run.device", "tpu"], "run.device.*tpu"),
-        (["--data.workers", "-1"], "data.workers=-1: must be 0 or more"),
-        (["--data.device_budget_gib", "-2"], "data.device_budget_gib=-2.0: must be 0 or more"),
-        (["--optim.lr", "-1"], "optim.lr=-1.0: must be above 0"),
-        (["--optim.lr", "inf"], "optim.lr.*inf"),
-        (["--loss.temperature", "0"], "loss.temperature=0.0"),
-        (["--run.seed", "-3"], "run.seed=-3"),
-        (["--model.num_clusters", "1"], "model.num_clusters=1: must be 2 or more"),
-        (["--model.num_clusters", "5,1"], r"model.num_clusters=\[5, 1\]: must be one number, or several different"),
-        (["--model.num_clusters", "5,5"], r"model.num_clusters=\[5, 5\]: must be"),
-        (["--model.num_clusters", "[7]"], r"model.num_clusters=\[7\]: must be"),
-        (["--model.num_clusters", "5,8", "--model.sub_heads", "2"], "model.sub_heads=2: .*at least 3"),
-        (["--model.num_clusters", "5,8", "--loss.prior", "sizes.txt"], r"loss.prior='sizes.txt'.*not of \[5, 8\]"),
-        (["--model.num_clusters", "2", "--loss.prior", "[1, -2]"], r"loss.prior=\[1.0, -2.0\]: must be uniform, free"),
-        (["--train.restart_after", "-1"], "train.restart_after=-1: must be 0 or more"),
-        (["--train.order", "[clustering, nonsense]"], "train.order=.*nonsense"),
-        (["--config", "cifar10-alternate", "--train.order", "[clustering]"], "overclustering, contrastive"),
-        (
-            ["--config", "cifar10-iic", "--train.contrastive_warmup_epochs", "3"],
-            "no contrastive head.*projection_dim",
-        ),
-        (["--config", "stl10-iic", "--model.num_overclusters", "0"], "data.unlabelled=true"),
         (["--views.crop_area", "0.2"], "views.crop_area.*0.2"),
         (["--train.epochs"], "train.epochs"),
         (["surplus"], "surplus"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_field(arguments: list[str], says: str) -> None:
+def test_a_mistake_is_one_line_that_quotes_it(arguments: list[str], says: str) -> None:
     with pytest.raises(UsageError, match=says) as caught:
         parse(arguments)
     assert "\n" not in str(caught.value)

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_folders import load_images
 from PIL import Image
 
 from iic_dist.data import cache as decoded_cache
 from iic_dist.data import folder as folders
 from iic_dist.data import listing as listings
 from iic_dist.data.decode import Decoded
-from iic_dist.data.folder import load_folder
-from iic_dist.data.load import load_image_set
 from iic_dist.errors import UsageError
 
 SIZE = 8
@@ -44,8 +43,8 @@ def pixels(seed: int) -> np.ndarray:
 
 
 def load(folder: Path, **options):
-    options = {"image_size": SIZE, "progress": False, "cache": folder.parent / "cache", "unreadable": [], **options}
-    return load_image_set(f"folder:{folder}", Path("unused"), "all", **options)
+    options = {"image_size": SIZE, "cache": folder.parent / "cache", "unreadable": [], **options}
+    return load_images(folder, **options)
 
 
 def seeds_of(images: torch.Tensor) -> list[int]:
@@ -361,6 +360,5 @@ def test_a_damaged_listing_is_made_anew(pictures, damage):
 def test_another_rule_for_links_does_not_take_the_listing(pictures):
     load(pictures)
     add(pictures)
-    options = {"image_size": SIZE, "cache": pictures.parent / "cache", "relist": False, "unreadable": []}
-    assert len(load_folder(pictures, **options).images) == 5
-    assert len(load_folder(pictures, **options, follow_links=True).images) == 6
+    assert len(load(pictures, relist=False).images) == 5
+    assert len(load(pictures, relist=False, follow_links=True).images) == 6

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_folders import load_images
 from PIL import Image
 
 from iic_dist.data import decode
-from iic_dist.data.load import load_image_set
 from iic_dist.errors import UsageError
 
 
@@ -32,7 +32,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, workers: int | None, **options):
-    return load_image_set(f"folder:{folder}", folder, "all", image_size=4, workers=workers, **options)
+    return load_images(folder, image_size=4, workers=workers, **options)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, None])

@@ -76,7 +76,7 @@ def test_images_in_memory_and_mapped_ones(pictures: Path) -> None:
     for trainer in (mapped, in_memory):
         for position in range(5):
             trainer.train_step(trainer.schedule.passes(0)[0], position)
-    for first, second in zip(mapped.model.parameters(), in_memory.model.parameters(), strict=True):
+    for first, second in zip(mapped.learner.model.parameters(), in_memory.learner.model.parameters(), strict=True):
         assert torch.equal(first, second)
 
 

@@ -10,17 +10,16 @@ from pathlib import Path
 import malformed
 import numpy as np
 import pytest
+from image_folders import load_images
 from PIL import Image
-
-from iic_dist.data.load import load_image_set
 
 LOAD = """
 import json, resource, sys
 from pathlib import Path
-from iic_dist.data import load_image_set
+from iic_dist.data.folder import Reading, load_folder
 problems = []
-images = load_image_set(f"folder:{sys.argv[1]}", Path(), "all", image_size=32, cache=Path(sys.argv[2]),
-                        workers=int(sys.argv[3]), progress=False, unreadable=problems)
+reading = Reading(cache=Path(sys.argv[2]), workers=int(sys.argv[3]), progress=False)
+images = load_folder(Path(sys.argv[1]), reading, image_size=32, unreadable=problems)
 print(json.dumps({
     "paths": images.paths, "problems": problems,
     "peak_kib": max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)),
@@ -65,8 +64,8 @@ def test_malformed_files_and_bombs_among_as_many_good_ones(tmp_path, workers):
     answers = []
     for _ in range(2):  # the second time from the cache
         problems: list = []
-        options = {"cache": tmp_path / "cache", "workers": workers, "progress": False, "unreadable": problems}
-        images = load_image_set(f"folder:{folder}", tmp_path, "all", image_size=32, **options)
+        options = {"cache": tmp_path / "cache", "workers": workers, "unreadable": problems}
+        images = load_images(folder, image_size=32, **options)
         answers.append({"paths": images.paths, "problems": problems})
         for row, path in enumerate(images.paths):
             if path in good:
@@ -104,4 +103,4 @@ def test_every_kind_is_as_hopeless_as_it_says(tmp_path):
             folder.mkdir()
             (folder / name).write_bytes(content)
             with pytest.raises(ValueError, match="none of the 1 image files"):
-                load_image_set(f"folder:{folder}", tmp_path, "all", progress=False, unreadable=[])
+                load_images(folder, unreadable=[])

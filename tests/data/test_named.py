@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import http.client
 import pickle
 import socket
 import ssl
-import struct
 import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from named_sets import error_line, load, random_bytes, write_mnist
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from iic_dist.data import named
 from iic_dist.data.load import DATA_NAMES, load_image_set
 from iic_dist.errors import UsageError
 
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        pytest.fail("a test asked the network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-
-
-@pytest.fixture(autouse=True)
-def no_debian_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(named, "DEBIAN_FASHION_MNIST", tmp_path / "no-such-package")
-
-
-def random_bytes(*shape: int, seed: int = 0, below: int = 256) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, below, size=shape, dtype=np.uint8)
-
-
-def load(name: str, root: Path, split: str, **options):
-    return load_image_set(name, root, split, download=False, **options)
-
-
-def error_line(name: str, root: Path, split: str = "train", download: bool = False) -> str:
-    with pytest.raises(UsageError) as caught:
-        load_image_set(name, root, split, download=download)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+pytestmark = pytest.mark.usefixtures("no_network", "no_debian_package")
 
 
 # --- digits
@@ -73,150 +44,6 @@ def test_digits_are_scikit_learns_scaled_to_bytes(tmp_path):
         assert np.abs(sixteenths - pixels[places]).max() <= 0.5 / 255 * 16  # half a byte
         assert image_set.labels.tolist() == labels[places].tolist()
     assert (everything.images.min(), everything.images.max()) == (0, 255)
-
-
-# --- the MNIST family: idx files
-
-
-def idx(array: np.ndarray) -> bytes:
-    """The format of the MNIST page: two zero bytes, type (8: unsigned byte), rank, big-endian sizes, data."""
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-def write_mnist(folder: Path, packed: bool, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    folder.mkdir(parents=True)
-    written = {}
-    for split, stem, count in (("train", "train", 12), ("test", "t10k", 5)):
-        images, labels = random_bytes(count, 28, 28, seed=seed), random_bytes(count, seed=seed + 1, below=10)
-        for name, array in ((f"{stem}-images-idx3-ubyte", images), (f"{stem}-labels-idx1-ubyte", labels)):
-            data = idx(array)
-            (folder / f"{name}{'.gz' if packed else ''}").write_bytes(gzip.compress(data) if packed else data)
-        written[split] = images, labels
-        seed += 2
-    written["all"] = tuple(np.concatenate(pair) for pair in zip(written["train"], written["test"], strict=True))
-    return written
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["raw", "gz"])
-@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw")])
-def test_idx_files(tmp_path, name, folder, packed):
-    for split, (images, labels) in write_mnist(tmp_path / folder, packed).items():
-        image_set = load(name, tmp_path, split)
-        assert image_set.name == name
-        assert image_set.images.dtype == torch.uint8
-        assert image_set.labels.dtype == torch.int64
-        assert np.array_equal(image_set.images.numpy(), images[:, None])
-        assert image_set.labels.tolist() == labels.tolist()
-        assert image_set.num_classes == 10
-
-
-def test_fashion_mnist_from_debians_folder_and_the_root_goes_first(tmp_path, monkeypatch):
-    packaged = write_mnist(tmp_path / "package", packed=True, seed=0)
-    monkeypatch.setattr(named, "DEBIAN_FASHION_MNIST", tmp_path / "package")
-    root = tmp_path / "root"
-    # With download=True, too: what is on the disk is not fetched.
-    image_set = load_image_set("fashion-mnist", root, "train", download=True)
-    assert np.array_equal(image_set.images.numpy(), packaged["train"][0][:, None])
-    assert image_set.class_names[9] == "Ankle boot"
-    assert not root.exists()
-    own = write_mnist(root / "FashionMNIST" / "raw", packed=False, seed=50)
-    assert np.array_equal(load("fashion-mnist", root, "test").images.numpy(), own["test"][0][:, None])
-
-
-def test_debians_own_package(monkeypatch, tmp_path):
-    package = Path("/usr/share/datasets/fashion-mnist")
-    if not package.is_dir():
-        pytest.skip("Debian's package dataset-fashion-mnist is not installed")
-    monkeypatch.setattr(named, "DEBIAN_FASHION_MNIST", package)
-    image_set = load("fashion-mnist", tmp_path, "test")
-    assert image_set.images.shape == (10000, 1, 28, 28)
-    assert image_set.labels.bincount().tolist() == [1000] * 10
-    assert image_set.labels[:6].tolist() == [9, 2, 1, 1, 6, 1]  # the well-known start of its test split
-    with gzip.open(package / "t10k-images-idx3-ubyte.gz") as file:
-        assert image_set.images.numpy().tobytes() == file.read()[16:]
-
-
-def damage_truncated(folder: Path) -> None:
-    file = folder / "train-images-idx3-ubyte"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def damage_header(folder: Path) -> None:
-    (folder / "train-images-idx3-ubyte").write_bytes(b"<html>404 not found</html>")
-
-
-def damage_empty(folder: Path) -> None:
-    (folder / "train-labels-idx1-ubyte").write_bytes(b"")
-
-
-def damage_wrong_type(folder: Path) -> None:
-    (folder / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x0a\x01" + bytes(20))  # 10 is no type of the format
-
-
-def damage_signed_labels(folder: Path) -> None:
-    labels = bytearray(idx(np.zeros(12, dtype=np.uint8)))
-    labels[2] = 9  # signed byte
-    (folder / "train-labels-idx1-ubyte").write_bytes(labels)
-
-
-def damage_labels_too_large(folder: Path) -> None:
-    (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.full(12, 10, dtype=np.uint8)))
-
-
-def damage_too_few_labels(folder: Path) -> None:
-    (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(11, dtype=np.uint8)))
-
-
-def damage_is_a_folder(folder: Path) -> None:
-    (folder / "train-labels-idx1-ubyte").unlink()
-    (folder / "train-labels-idx1-ubyte").mkdir()
-
-
-def damage_gz_truncated(folder: Path) -> None:
-    file = folder / "train-images-idx3-ubyte"
-    (folder / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes())[:-2000])
-    (folder / "train-labels-idx1-ubyte.gz").write_bytes(
-        gzip.compress((folder / "train-labels-idx1-ubyte").read_bytes())
-    )
-    file.unlink()
-
-
-def damage_gz_is_text(folder: Path) -> None:
-    damage_gz_truncated(folder)
-    (folder / "train-images-idx3-ubyte.gz").write_bytes(b"<html>404 not found</html>")
-
-
-def damage_gz_flipped(folder: Path) -> None:
-    damage_gz_truncated(folder)
-    file = folder / "train-images-idx3-ubyte.gz"
-    packed = bytearray(gzip.compress(idx(random_bytes(12, 28, 28))))
-    packed[10] = 0xFF  # behind the header: a block of a type that does not exist
-    file.write_bytes(packed)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        damage_truncated,
-        damage_header,
-        damage_empty,
-        damage_wrong_type,
-        damage_signed_labels,
-        damage_labels_too_large,
-        damage_too_few_labels,
-        damage_is_a_folder,
-        damage_gz_truncated,
-        damage_gz_is_text,
-        damage_gz_flipped,
-    ],
-)
-def test_damaged_idx_files_are_one_line(tmp_path, damage):
-    folder = tmp_path / "MNIST" / "raw"
-    write_mnist(folder, packed=False)
-    damage(folder)
-    line = error_line("mnist", tmp_path)
-    assert repr(str(folder)) in line
-    assert "train-images-idx3-ubyte" in line
 
 
 # --- CIFAR: pickles with known md5
@@ -338,7 +165,6 @@ def test_stl10_with_a_label_of_zero_is_one_line(tmp_path, stl10, monkeypatch):
 
 
 # --- what is not there
-
 DOWNLOADERS = {
     "mnist": "mnist",
     "fashion-mnist": "mnist",

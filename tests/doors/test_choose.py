@@ -67,7 +67,7 @@ def test_a_run_with_several_k_recommends_one_and_choose_repeats_it(
         assert 0 < lines[-1][f"evaluation_clustering_{k}/confidence"] <= 1
 
     _, error = call(choose, "choose", ["--run", "runs/none"], monkeypatch, capsys)
-    assert error == "error: --run runs/none: there is no runs/none/config.yaml\n"
+    assert error == "error: runs/none: not a run, there is no runs/none/config.yaml\n"
 
 
 def test_a_run_with_one_k_leaves_nothing_to_choose(

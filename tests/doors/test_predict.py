@@ -17,10 +17,7 @@ from ranks import Ranks
 from small_runs import ODD_NAMES, write_odd_names
 
 from iic_dist import load, predict
-from iic_dist.errors import UsageError
-from iic_dist.prediction import outputs
 from iic_dist.prediction.folder import predict_folder
-from iic_dist.prediction.outputs import Row
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -60,6 +57,7 @@ def test_the_table_is_what_python_says(
     assert f"written: {tmp_path / 'c.csv'}, {tmp_path / 'e.npy'}" in said
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_four_ranks_say_the_same_bit_for_bit(ranks: Ranks, gray_run: Path, gray_images: Path, tmp_path: Path) -> None:
     """90 images in batches of 16: six batches on four ranks. 18 of them cannot be read."""
     images = tmp_path / "images"
@@ -67,10 +65,7 @@ def test_four_ranks_say_the_same_bit_for_bit(ranks: Ranks, gray_run: Path, gray_
         copy = images / path.relative_to(gray_images)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(b"damaged" if number % 5 == 2 else path.read_bytes())
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     alone = predict_folder(load(gray_run, "cpu"), images)
-    torch.set_num_threads(threads)
     assert (len(alone.paths), len(alone.unreadable)) == (72, 18)
     for shared in ranks.run(4, rank_tasks.predicted, gray_run, images):
         assert (shared.paths, shared.unreadable) == (alone.paths, alone.unreadable)
@@ -115,19 +110,6 @@ def test_odd_names_come_through(gray_run: Path, tmp_path: Path, monkeypatch: pyt
     objects = [json.loads(line) for line in (out / "c.jsonl").read_text("ascii").splitlines()]
     assert [each["path"] for each in objects] == [row["path"] for row in rows]
     assert [each["confidence"] for each in objects] == [float(row["confidence"]) for row in rows]
-
-
-def test_parquet(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    rows = [Row("a/b.png", 3, 0.25, 1.0), Row(os.fsdecode(b"latin-\xe9.png"), 0, 0.5, 0.0)]
-    outputs.write_table(tmp_path / "c.parquet", rows)
-    read = parquet.read_table(tmp_path / "c.parquet").to_pydict()
-    assert read == {
-        "path": ["a/b.png", "latin-\\xe9.png"],
-        "cluster": [3, 0],
-        "confidence": [0.25, 0.5],
-        "agreement": [1.0, 0.0],
-    }
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -202,9 +184,3 @@ def test_a_mistake_is_one_line(
     assert said.startswith("error: ")
     assert says in said
     assert said.count("\n") == 1
-
-
-def test_parquet_without_a_library_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="needs pyarrow"):
-        outputs.check_table(Path("c.parquet"))

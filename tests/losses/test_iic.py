@@ -1,47 +1,18 @@
-"""The losses against their published form in float64, on one rank and on several."""
+"""The IIC loss against its published form in float64, on one rank and on several."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import published
 import pytest
 import rank_tasks
 import torch
+from loss_cases import IMPLEMENTATIONS, SHARDS, TOLERANCE, logits, relative_error, with_gradients
 from ranks import Ranks
 from torch import Tensor
 
-from iic_dist.losses import iic_loss, nt_xent_loss
-from iic_dist.ops import backend
-
-# Largest relative norm of the error by dtype of the input; the cancellation in g - <z, g> sets that of gradients.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
-
-IMPLEMENTATIONS = [
-    "torch",
-    pytest.param(
-        "fused", marks=pytest.mark.skipif(backend.WHY_NOT_FUSED is not None, reason=str(backend.WHY_NOT_FUSED))
-    ),
-]
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
-
-
-def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    leaves = [each.detach().clone().requires_grad_() for each in inputs]
-    value = function(*leaves)
-    return value.detach(), torch.autograd.grad(value, leaves)
-
-
-def logits(n: int, h: int, k: int, repeats: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    a = 2 * torch.randn(n, h, k, generator=generator, dtype=torch.float64)
-    noise = torch.randn(repeats, n, h, k, generator=generator, dtype=torch.float64)
-    return [a.to(dtype), (a + noise).flatten(0, 1).to(dtype)]
+from iic_dist.losses import iic_loss
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -217,120 +188,32 @@ def test_iic_names_what_is_wrong(a: Tensor, b: Tensor, says: str) -> None:
         iic_loss(a, b)
 
 
-def embeddings(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    a, noise = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
-    return [(3 * a).to(dtype), (a + noise).to(dtype)]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("n", "d"), [(2, 3), (3, 7), (33, 16), (700, 5)])
-def test_nt_xent_equals_the_published_loss(n: int, d: int, dtype: torch.dtype) -> None:
-    inputs = embeddings(n, d, dtype=dtype)
-    for temperature in (0.5, 0.05):
-        value, gradients = with_gradients(
-            lambda a, b, t=temperature: 3 * nt_xent_loss(a, b, temperature=t, impl="torch"), *inputs
-        )
-        expected, expected_gradients = with_gradients(
-            lambda a, b, t=temperature: 3 * published.nt_xent(a, b, t), *(x.double() for x in inputs)
-        )
-        assert abs(value - expected) <= TOLERANCE[dtype] * max(1, expected)
-        for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-            assert gradient.dtype == dtype
-            # A gradient that all but vanishes keeps the rounding of the terms that cancel in it.
-            assert (gradient.double() - wanted).norm() <= TOLERANCE[dtype] * max(0.1, wanted.norm())
-
-
-def test_nt_xent_walks_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iic_dist.ops.nt_xent.BLOCK_ELEMENTS", 100)  # three rows of 2 x 15 a block
-    value, gradients = with_gradients(lambda a, b: nt_xent_loss(a, b, impl="torch"), *embeddings(15, 4))
-    expected, expected_gradients = with_gradients(published.nt_xent, *embeddings(15, 4))
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(gradients, expected_gradients)
-
-
-@pytest.mark.parametrize("n", [2, 5])
-def test_nt_xent_of_collapsed_embeddings_is_ln_of_the_others(n: int) -> None:
-    same = torch.ones(n, 3)
-    torch.testing.assert_close(nt_xent_loss(same, same), torch.tensor(math.log(2 * n - 1)))
-
-
-def test_nt_xent_is_safe_at_a_small_temperature_and_with_identical_rows() -> None:
-    a, b = embeddings(20, 8, dtype=torch.float32)
-    b[:10] = a[:10]
-    b[10:] = -a[10:]
-    value, gradients = with_gradients(lambda a, b: nt_xent_loss(a, b, temperature=0.005), a, b)
-    assert value.isfinite()
-    assert all(gradient.isfinite().all() for gradient in gradients)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "temperature", "says"),
-    [
-        (torch.ones(4, 3), torch.ones(5, 3), 0.5, r"\(5, 3\).*must both be"),
-        (torch.ones(0, 3), torch.ones(0, 3), 0.5, "empty batch"),
-        (torch.ones(1, 3), torch.ones(1, 3), 0.5, "no negatives"),
-        (torch.ones(4, 3), torch.ones(4, 3), 0.0, "temperature=0.0"),
-        (torch.ones(4, 3), torch.ones(4, 3).half(), 0.5, "float16"),
-    ],
-)
-def test_nt_xent_names_what_is_wrong(a: Tensor, b: Tensor, temperature: float, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        nt_xent_loss(a, b, temperature=temperature)
-
-
 def test_an_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match="impl='quick'"):
         iic_loss(*logits(4, 1, 3, 1), impl="quick")
 
 
-SHARDS = [[12], [6, 6], [4, 4, 4], [3, 3, 3, 3], [7, 5], [1, 9, 2], [2, 5, 1, 4]]
-
-
 @pytest.mark.parametrize("shards", SHARDS, ids=str)
-@pytest.mark.parametrize(("loss", "repeats"), [("iic", 1), ("iic", 3), ("iic with a prior", 2), ("nt_xent", 1)])
+@pytest.mark.parametrize(("loss", "repeats"), [("iic", 1), ("iic", 3), ("iic with a prior", 2)])
 def test_value_and_gradient_of_any_sharding_are_those_of_one_process(
     ranks: Ranks, loss: str, repeats: int, shards: list[int], generator: torch.Generator
 ) -> None:
     first = torch.randn(12, 7, generator=generator, dtype=torch.float64)
     second = first + torch.randn(repeats, 12, 7, generator=generator, dtype=torch.float64)
     model = rank_tasks.small_model(loss)
-    if loss != "nt_xent":
-        prior = torch.tensor(rank_tasks.PRIOR, dtype=torch.float64) if loss == "iic with a prior" else None
-        logits = model(first), model(second.flatten(0, 1))
-        expected = published.iic(*logits, rank_tasks.ENTROPY_WEIGHT, prior).sum()
-    else:
-        expected = published.nt_xent(model(first), model(second[0]), rank_tasks.TEMPERATURE)
+    prior = torch.tensor(rank_tasks.PRIOR, dtype=torch.float64) if loss == "iic with a prior" else None
+    outputs = model(first), model(second.flatten(0, 1))
+    expected = published.iic(*outputs, rank_tasks.ENTROPY_WEIGHT, prior).sum()
     wanted = torch.autograd.grad(expected, list(model.parameters()))
     for value, gradients in ranks.run(len(shards), rank_tasks.value_and_gradient, loss, first, second, shards):
         torch.testing.assert_close(value, expected.detach(), rtol=0, atol=1e-10)
         torch.testing.assert_close(gradients, list(wanted), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("shards", [[6, 6], [2, 5, 1, 4]], ids=str)
-def test_other_losses_fit_between_start_and_end_of_nt_xent(
-    ranks: Ranks, shards: list[int], generator: torch.Generator
-) -> None:
-    first = torch.randn(12, 6, generator=generator, dtype=torch.float64)
-    second = first + torch.randn(12, 6, generator=generator, dtype=torch.float64)
-    logits = [x.reshape(12, 2, 3) for x in (first, second)]
-    expected = published.nt_xent(first, second, rank_tasks.TEMPERATURE), published.iic(*logits, 1.0).sum()
-    for values in ranks.run(len(shards), rank_tasks.interleaved_losses, first, second, shards):
-        torch.testing.assert_close(values, expected, rtol=0, atol=1e-10)
+def test_on_one_process_it_compiles_into_one_graph() -> None:
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return iic_loss(a, b).loss.sum()
 
-
-def test_one_image_over_all_ranks_has_no_negatives(ranks: Ranks) -> None:
-    (message,) = ranks.run(1, rank_tasks.single_pair)
-    assert "at least 2 images" in message
-
-
-@pytest.mark.parametrize("loss", [iic_loss, nt_xent_loss])
-def test_a_single_process_loss_compiles_into_one_graph(loss: Callable[..., Tensor]) -> None:
-    inputs = logits(6, 2, 5, 2) if loss is iic_loss else embeddings(6, 5)
-    eager = with_gradients(lambda a, b: loss(a, b)[0].sum() if loss is iic_loss else loss(a, b), *inputs)
-    compiled = torch.compile(
-        lambda a, b: loss(a, b)[0].sum() if loss is iic_loss else loss(a, b),
-        fullgraph=True,
-        backend="aot_eager",
-    )
-    torch.testing.assert_close(with_gradients(compiled, *inputs), eager)
+    inputs = logits(6, 2, 5, 2)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(with_gradients(compiled, *inputs), with_gradients(loss, *inputs))

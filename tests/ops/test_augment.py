@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from view_cases import EVERYTHING, GRAY, allowed, arguments, make, smooth
+from view_cases import allowed, arguments, make, smooth
+from view_specs import EVERYTHING, GRAY
 
 from iic_dist.ops import augment as native
 from iic_dist.views.spec import ViewSpec
@@ -108,8 +110,8 @@ def test_reading_stays_within_the_images() -> None:
     """The last image ends where a page ends that nobody may read beyond; vectors would."""
     program = """
 import ctypes, mmap, torch
-from iic_dist.augment import Views
-from iic_dist.view_spec import ViewSpec
+from iic_dist.views.spec import ViewSpec
+from iic_dist.views.views import Views
 page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
 memory = mmap.mmap(-1, 3 * page)
 start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -145,8 +147,8 @@ def test_threads_change_nothing() -> None:
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability: str) -> None:
     program = f"""
-import sys; sys.path[:0] = {sys.path!r}
-import torch, ops.test_views as t
+import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
+import torch, test_augment as t
 from dataclasses import replace
 assert torch.backends.cpu.get_cpu_capability() != "AVX512"
 for size in (7, 32, 40):

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from view_cases import EVERYTHING, GRAY, allowed, arguments, make, smooth
+from view_cases import allowed, arguments, make, smooth
+from view_specs import EVERYTHING, GRAY
 
 from iic_dist.ops import augment as native
 

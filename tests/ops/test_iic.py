@@ -52,6 +52,8 @@ SHAPES = [
     (1100, 1, 33, 1),
     (129, 2, 70, 4),
     (513, 1, 101, 1),
+    (97, 1, 112, 2),
+    (45, 2, 150, 2),
     (100, 1, 162, 2),
     (66, 1, 331, 1),
     (20, 1, 1000, 1),
@@ -261,23 +263,30 @@ def test_compiles_whole(k: int, impl: str, device: str) -> None:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
 @needs_fused
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(("n", "k", "repeats"), [(3000, 10, 1), (1500, 70, 2), (600, 300, 1)])
-def test_threads_do_not_change_a_bit(n: int, k: int, repeats: int) -> None:
-    a, b = (x.float() for x in logits(n, 5, k, repeats))
-    two = with_gradients(lambda a, b: iic_loss(a, b, impl="fused").loss, a, b)
-    torch.set_num_threads(1)
-    one = with_gradients(lambda a, b: iic_loss(a, b, impl="fused").loss, a, b)
-    for left, right in zip(one, two, strict=True):
-        assert torch.equal(left, right)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("n", "k", "repeats"),
+    [(70, 1, 2), (5000, 2, 1), (2000, 3, 3), (2100, 4, 1), (3000, 10, 1), (1500, 70, 2), (600, 300, 1), (100, 1000, 1)],
+)
+def test_threads_do_not_change_a_bit(
+    n: int, k: int, repeats: int, dtype: torch.dtype, set_threads: Callable[[int], None]
+) -> None:
+    """Sums of chunks that follow the number of threads, or a library's products, would add in another order."""
+    views = [x.to(dtype) for x in logits(n, 3, k, repeats)]
+    set_threads(1)
+    wanted = with_gradients(lambda a, b: iic_loss(a, b, impl="fused").loss, *views)
+    for threads in (2, 3, 4):
+        set_threads(threads)
+        values = with_gradients(lambda a, b: iic_loss(a, b, impl="fused").loss, *views)
+        for value, want in zip(values, wanted, strict=True):
+            assert torch.equal(value, want), threads
 
 
 @needs_fused
@@ -290,7 +299,12 @@ def test_every_instruction_set(capability: str, tmp_path: Path) -> None:
         "def run(a, b):\n"
         "    loss = iic_loss(a.requires_grad_(), b.requires_grad_(), impl='fused').loss\n"
         "    return loss.detach(), *torch.autograd.grad(loss.sum(), (a, b))\n"
-        "torch.save([run(a, b) for a, b in torch.load(sys.argv[1])], sys.argv[1])"
+        "cases = torch.load(sys.argv[1])\n"
+        "torch.set_num_threads(1)\n"
+        "results = [run(*case) for case in cases]\n"
+        "torch.set_num_threads(3)\n"
+        "for case, one in zip(cases, results): assert all(map(torch.equal, run(*case), one)), 'threads change bits'\n"
+        "torch.save(results, sys.argv[1])"
     )
     inputs = [tuple(x.float() for x in logits(200, 1, k, 2)) for k in (1, 2, 3, 4, 5, 11, 70)]
     torch.save(inputs, tmp_path / "tensors.pt")

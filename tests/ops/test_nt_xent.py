@@ -24,8 +24,23 @@ implementations = pytest.mark.parametrize("impl", ["torch", pytest.param("fused"
 # Largest relative norm of the error by dtype of the embeddings, at temperature 0.5; float32 and float64 lose 1 /
 # temperature of it, which magnifies the rounding of the similarities.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-# N, D: multiples of nothing; one column; the borders of tiles (256 x 512) and of vectors.
-SHAPES = [(2, 3), (5, 1), (8, 16), (33, 17), (127, 2), (129, 64), (255, 8), (257, 3), (300, 130), (520, 33)]
+# N, D: multiples of nothing; one column; the borders of tiles (64 x 128), of groups of rows and of vectors.
+SHAPES = [
+    (2, 3),
+    (5, 1),
+    (7, 13),
+    (8, 16),
+    (31, 12),
+    (33, 17),
+    (63, 10),
+    (65, 7),
+    (127, 2),
+    (129, 64),
+    (255, 8),
+    (257, 3),
+    (300, 130),
+    (520, 33),
+]
 
 
 def embeddings(n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -181,23 +196,80 @@ def test_opcheck(n: int, d: int, first_row: int, num_rows: int, dtype: torch.dty
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
+THREADS = (2, 3, 4)
+
+
 @needs_fused
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(("n", "d"), [(3, 130), (100, 3), (130, 128), (700, 33), (1500, 128)])
-def test_threads_do_not_change_a_bit(n: int, d: int) -> None:
-    a, b = (x.float() for x in embeddings(n, d))
-    two = with_gradients(lambda a, b: nt_xent_loss(a, b, impl="fused"), a, b)
-    torch.set_num_threads(1)
-    one = with_gradients(lambda a, b: nt_xent_loss(a, b, impl="fused"), a, b)
-    for left, right in zip(one, two, strict=True):
-        assert torch.equal(left, right)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("n", "d"), [(2, 1), (3, 130), (33, 400), (65, 129), (100, 3), (130, 128), (257, 1023), (700, 33), (1500, 128)]
+)
+def test_threads_do_not_change_a_bit(n: int, d: int, dtype: torch.dtype, set_threads: Callable[[int], None]) -> None:
+    """Intel's library, on AVX-512, rounded a product in another order inside of a parallel region than outside."""
+    views = [x.to(dtype) for x in embeddings(n, d)]
+    set_threads(1)
+    wanted = with_gradients(lambda a, b: nt_xent_loss(a, b, impl="fused"), *views)
+    for threads in THREADS:
+        set_threads(threads)
+        values = with_gradients(lambda a, b: nt_xent_loss(a, b, impl="fused"), *views)
+        for value, want in zip(values, wanted, strict=True):
+            assert torch.equal(value, want), threads
+
+
+@needs_fused
+@pytest.mark.parametrize(("first_row", "num_rows"), [(0, 1400), (300, 2), (300, 130), (1000, 400)])
+def test_threads_do_not_change_a_bit_of_a_rank(
+    first_row: int, num_rows: int, set_threads: Callable[[int], None]
+) -> None:
+    """A single block of rows runs outside of a parallel region whatever the number of threads, several do on one."""
+    assert nt_xent.FUSED is not None
+    z = torch.nn.functional.normalize(torch.cat(embeddings(700, 100)).float(), dim=1)
+    all_lse, _ = nt_xent.nt_xent_rows(z, 0, 1400, 0.1)
+    results = []
+    for threads in (1, *THREADS):
+        set_threads(threads)
+        log_sum_exp, positive = nt_xent.FUSED.nt_xent_rows(z, first_row, num_rows, 0.1)
+        grad = nt_xent.FUSED.nt_xent_rows_grad(z, all_lse, first_row, num_rows, 0.1)
+        results.append(torch.cat([log_sum_exp, positive, grad.flatten()]))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_threads_do_not_change_a_bit_around_the_ops(
+    monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
+) -> None:
+    """PyTorch adds 32768 values or more in as many parts as there are threads, and so took the mean over the rows."""
+    given = nt_xent.Implementation(
+        lambda z, first, count, temperature: (z[:, 0] + 8, z[:, 1].clone()),
+        lambda z, log_sum_exp, first, count, temperature: z.flip(1),
+    )
+    monkeypatch.setattr(nt_xent, "implementation", lambda impl, device: given)
+    for seed in range(5):
+        a, b = (x.float() for x in embeddings(30000, 3, seed))
+        results = []
+        for threads in (1, *THREADS):
+            set_threads(threads)
+            results.append(with_gradients(nt_xent_loss, a, b))
+        for values in zip(*results, strict=True):
+            assert all(torch.equal(value, values[0]) for value in values)
+
+
+@needs_fused
+def test_no_product_is_a_librarys() -> None:
+    """Its order of addition is its own affair, on each make of processor another: here it may decide no bit."""
+    assert nt_xent.FUSED is not None
+    z = torch.nn.functional.normalize(torch.cat(embeddings(300, 64)).float(), dim=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        log_sum_exp, _ = nt_xent.FUSED.nt_xent_rows(z, 0, 600, 0.5)
+        nt_xent.FUSED.nt_xent_rows_grad(z, log_sum_exp, 0, 600, 0.5)
+    called = {event.name for event in record.events()}
+    assert {"iic_dist::nt_xent_rows", "iic_dist::nt_xent_rows_grad"} <= called
+    assert not {name for name in called if name.startswith(("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul"))}
 
 
 @needs_fused
@@ -210,7 +282,12 @@ def test_every_instruction_set(capability: str, tmp_path: Path) -> None:
         "def run(a, b, temperature):\n"
         "    loss = nt_xent_loss(a.requires_grad_(), b.requires_grad_(), temperature=temperature, impl='fused')\n"
         "    return loss.detach(), *torch.autograd.grad(loss, (a, b))\n"
-        "torch.save([run(*case) for case in torch.load(sys.argv[1])], sys.argv[1])"
+        "cases = torch.load(sys.argv[1])\n"
+        "torch.set_num_threads(1)\n"
+        "results = [run(*case) for case in cases]\n"
+        "torch.set_num_threads(3)\n"
+        "for case, one in zip(cases, results): assert all(map(torch.equal, run(*case), one)), 'threads change bits'\n"
+        "torch.save(results, sys.argv[1])"
     )
     cases = [(*(x.float() for x in embeddings(n, 7)), t) for n in (2, 33, 300) for t in (0.5, 0.01)]
     torch.save(cases, tmp_path / "tensors.pt")

@@ -104,7 +104,7 @@ def test_a_mistake_is_one_line(
 def test_a_library_that_is_not_there_is_named(
     kind: str, gray_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["export", "--run", str(gray_run), "--format", kind])
     with pytest.raises(SystemExit):
         export.main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from iic_dist.data.image_set import ImageSet
 from iic_dist.distributed import Place
 from iic_dist.training import report, resume
 from iic_dist.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Forty steps: ten epochs of one pass of four steps, or two of four passes of five.
 JOINT = ["--data.batch_size", "12", "--train.epochs", "10", "--model.num_overclusters", "6"]
@@ -46,15 +48,6 @@ class Recorded(Trainer):
         digest = hashlib.sha256(views.numpy().tobytes() + batch.indices.numpy().tobytes())
         self.seen = [*getattr(self, "seen", []), (self.step, digest.hexdigest())]
         return views
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The steps are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trainer(options: list[str]) -> Recorded:

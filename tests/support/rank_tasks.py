@@ -147,7 +147,7 @@ def collectives_of_a_step(rank: int, group: dist.ProcessGroup, arguments: list[s
     place = Place(rank, dist.get_world_size(), rank, dist.get_world_size())
     trainer = Trainer(config, load_data(config, place), place, torch.device("cpu"))
     seen: list[tuple[str, int]] = []
-    reduce, gather = dist.all_reduce, dist.all_gather_into_tensor
+    reduce, gather = dist.all_reduce, distributed._all_gather
 
     def counted_reduce(tensor: Tensor, *more: object, **options: object) -> object:
         seen.append(("all_reduce", tensor.nbytes))
@@ -157,11 +157,11 @@ def collectives_of_a_step(rank: int, group: dist.ProcessGroup, arguments: list[s
         seen.append(("all_gather", whole.nbytes))
         return gather(whole, *more, **options)
 
-    dist.all_reduce, dist.all_gather_into_tensor = counted_reduce, counted_gather
+    dist.all_reduce, distributed._all_gather = counted_reduce, counted_gather
     try:
         trainer.train_step(trainer.schedule.passes(0)[0], 0)
     finally:
-        dist.all_reduce, dist.all_gather_into_tensor = reduce, gather
+        dist.all_reduce, distributed._all_gather = reduce, gather
     return seen
 
 

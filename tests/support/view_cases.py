@@ -1,8 +1,7 @@
-"""Specs, images and arguments that the tests of the native views share, on any device."""
+"""Images and arguments that the tests of the native views share, on any device."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,26 +12,6 @@ from iic_dist.views.views import Views
 
 TOLERANCE = 1e-5
 """In pixels of [0, 1]; normalising and Sobel multiply it."""
-EVERYTHING = ViewSpec(
-    size=32,
-    crop_area=(0.1, 1.0),
-    rotation=30.0,
-    translation=0.1,
-    zoom=(0.7, 1.4),
-    shear=10.0,
-    affine_probability=0.5,
-    flip=0.5,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.4,
-    hue=0.2,
-    jitter_probability=0.8,
-    gray=0.2,
-    blur=0.5,
-    mean=(0.4, 0.5, 0.6),
-    std=(0.2, 0.25, 0.3),
-)
-GRAY = replace(EVERYTHING, saturation=0.0, hue=0.0, gray=0.0, mean=(0.4,), std=(0.2,))
 
 
 def smooth(batch: int, channels: int, height: int, width: int, seed: int = 0) -> Tensor:

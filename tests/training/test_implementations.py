@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,16 +12,10 @@ from iic_dist.losses import iic_loss
 from iic_dist.ops import backend
 from iic_dist.training.trainer import Trainer
 
-pytestmark = pytest.mark.skipif(backend.WHY_NOT_FUSED is not None, reason=str(backend.WHY_NOT_FUSED))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other are slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(backend.WHY_NOT_FUSED is not None, reason=str(backend.WHY_NOT_FUSED)),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def losses_of_training(impl: str, steps: int, *arguments: str) -> list[dict[str, float]]:

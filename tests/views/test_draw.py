@@ -1,4 +1,4 @@
-"""The parameters of views: the same bits by Python's floats, on any instruction set, rank and split of a batch."""
+"""The parameters of views: how they are distributed, and the same bits by Python's floats, on any rank and split."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import draws
 import pytest
 import torch
+from policy_cases import GENTLE, POLICIES, build
 from scipy import stats
-from test_augment import EVERYTHING, POLICIES, build
 from torch import Tensor
 
 from iic_dist.data.sampler import Sampler
@@ -24,11 +25,24 @@ from iic_dist.ops.philox import uniforms
 from iic_dist.views.draw import draw
 from iic_dist.views.spec import ViewSpec
 
-SPECS = [EVERYTHING, replace(EVERYTHING, crop_area=None, crop_sides=(9, 13), centre_probability=0.3), ViewSpec(size=9)]
-SPECS += [replace(EVERYTHING, crop_area=(0.01, 0.3), crop_ratio=(0.2, 7.0), rotation=180.0, shear=60.0)]
+SPECS = [GENTLE, replace(GENTLE, crop_area=None, crop_sides=(9, 13), centre_probability=0.3), ViewSpec(size=9)]
+SPECS += [replace(GENTLE, crop_area=(0.01, 0.3), crop_ratio=(0.2, 7.0), rotation=180.0, shear=60.0)]
 for policy in POLICIES:
     made = build(*policy.values)  # type: ignore[arg-type]
     SPECS += [made.first, made.second]
+
+
+def drawn(spec: ViewSpec, height: int = 30, width: int = 40, count: int = 20_000) -> dict[str, Tensor]:
+    parameters = draw(spec, uniforms(11, 0, torch.arange(count), 0, 21), height, width)
+    return {field.name: getattr(parameters, field.name) for field in fields(parameters)}
+
+
+def assert_uniform(values: Tensor, least: float, largest: float) -> None:
+    assert stats.kstest(values.double().numpy(), "uniform", (least, largest - least)).pvalue > 1e-3
+
+
+def assert_share(chosen: Tensor, probability: float) -> None:
+    assert stats.binomtest(int(chosen.sum()), chosen.numel(), probability).pvalue > 1e-3
 
 
 def table(spec: ViewSpec, numbers: Tensor, height: int, width: int) -> Tensor:
@@ -73,8 +87,9 @@ def digest() -> str:
 
 
 def test_the_same_bits_without_vector_instructions() -> None:
-    program = "import test_draws; print(test_draws.digest())"
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = "import test_draw; print(test_draw.digest())"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.split()[-1] == digest()
 
@@ -96,7 +111,7 @@ def test_ranks_and_splits_change_nothing(spec: ViewSpec) -> None:
 def test_parameters_are_independent() -> None:
     """Rank correlations between parameters, and of each with itself in the next image, view and epoch."""
     count = 20_000
-    spec = replace(EVERYTHING, jitter_probability=1.0, affine_probability=1.0, blur=1.0, centre_probability=0.0)
+    spec = replace(GENTLE, jitter_probability=1.0, affine_probability=1.0, blur=1.0, centre_probability=0.0)
     indices = torch.arange(count + 1)
     base = table(spec, uniforms(3, 0, indices, 0, 21), 40, 40).double()
     columns = [2, 5, 6, 8, 11, 12, 13, 14, 16]  # shifts, top, height, factors, hue, sigma: continuous ones
@@ -116,3 +131,91 @@ def test_parameters_are_independent() -> None:
         pvalues["parameters", one, two] = stats.spearmanr(base[:, one], base[:, two]).pvalue
     worst = min(pvalues, key=lambda key: pvalues[key])
     assert pvalues[worst] * len(pvalues) > 1e-3, worst
+
+
+def test_off_by_default() -> None:
+    assert all(value is None for value in drawn(ViewSpec(size=30), 30, 30).values())
+
+
+def test_jitter_parameters() -> None:
+    parameters = drawn(GENTLE)
+    for name, neutral, least, largest in (
+        ("brightness", 1.0, 0.6, 1.4),
+        ("contrast", 1.0, 0.6, 1.4),
+        ("saturation", 1.0, 0.6, 1.4),
+        ("hue", 0.0, -0.1, 0.1),
+    ):
+        values = parameters[name]
+        assert values.dtype == torch.float32
+        applied = values != neutral
+        assert_share(applied, 0.8)
+        assert_uniform(values[applied], least, largest)
+    assert torch.equal(parameters["hue"] != 0, parameters["brightness"] != 1)  # all four of an image or none
+    assert drawn(replace(GENTLE, brightness=1.5))["brightness"].min() >= 0
+
+
+def test_probabilities() -> None:
+    parameters = drawn(GENTLE)
+    assert_share(parameters["flip"], 0.5)
+    assert_share(parameters["gray"], 0.2)
+    assert_share(parameters["sigma"] > 0, 0.5)
+    assert_uniform(parameters["sigma"][parameters["sigma"] > 0], 0.1, 2.0)
+
+
+def test_affine_parameters() -> None:
+    a, b, c, d, e, f = drawn(GENTLE)["affine"].double().unbind(1)
+    applied = a != 1
+    assert_share(applied, 0.7)
+    for values, neutral in ((a, 1), (b, 0), (c, 0), (d, 0), (e, 1), (f, 0)):
+        assert (values[~applied] == neutral).all()
+    # Back from the inverse map to the drawn numbers: shears change no area and d, e hold no shear along x.
+    a, b, c, d, e, f = (values[applied] for values in (a, b, c, d, e, f))
+    area = a * e - b * d
+    zoom, move_x, move_y = area.rsqrt(), (b * f - c * e) / area, (c * d - a * f) / area
+    assert_uniform(zoom, 0.9, 1.1)
+    assert_uniform(move_x, -4, 4)
+    assert_uniform(move_y, -3, 3)
+    for spec, column, largest in (({"rotation": 20.0}, 1, 20), ({"shear": 5.0}, 3, 5)):
+        alone = drawn(ViewSpec(size=30, **spec), 30, 40)["affine"].double()
+        degrees = torch.rad2deg(torch.atan2(alone[:, column], alone[:, 4 if column == 3 else 0]))
+        assert_uniform(degrees, -largest, largest)
+    assert (torch.corrcoef(torch.stack((zoom, move_x, move_y, d / e))) - torch.eye(4)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (30, 40), (10, 40)])
+def test_area_crop(height: int, width: int) -> None:
+    top, left, box_height, box_width = drawn(GENTLE, height, width)["box"].double().unbind(1)
+    for start, length, side in ((top, box_height, height), (left, box_width, width)):
+        assert start.min() >= 0
+        assert length.min() >= 1
+        assert (start + length).max() <= side + 1e-4
+    area, ratio = box_height * box_width / (height * width), box_width / box_height
+    assert_uniform(area, 0.3, 1.0)
+    if height == width:
+        assert ratio.min() >= 3 / 4 - 1e-6
+        assert ratio.max() <= 4 / 3 + 1e-6
+        small = area < 0.5  # where the whole range of ratios fits
+        assert_uniform(ratio[small].log(), math.log(3 / 4), math.log(4 / 3))
+        assert_uniform((left / (width - box_width))[small], 0.0, 1.0)
+
+
+def test_square_crops() -> None:
+    spec = ViewSpec(size=24, crop_sides=(24, 16, 20), centre_probability=0.25)
+    top, left, height, width = drawn(spec, 28, 29)["box"].unbind(1)
+    assert torch.equal(height, width)
+    for side in (16, 20, 24):
+        chosen = height == side
+        assert_share(chosen, 1 / 3)
+        centred = (top == (28 - side) // 2) & (left == round((29 - side) / 2))
+        by_chance = 1 / ((28 - side + 1) * (29 - side + 1))
+        assert_share(centred[chosen], 0.25 + 0.75 * by_chance)
+        assert (top == top.round()).all()
+        assert set(left[chosen].tolist()) == set(range(29 - side + 1))
+        assert set(top[chosen].tolist()) == set(range(28 - side + 1))
+
+
+def test_switching_one_thing_off_leaves_the_others() -> None:
+    less = drawn(replace(GENTLE, flip=0.0, hue=0.0, crop_area=None, translation=0.0))
+    for name, values in drawn(GENTLE).items():
+        if name not in ("flip", "hue", "box", "affine"):
+            assert torch.equal(less[name], values), name

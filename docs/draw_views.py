@@ -1,4 +1,4 @@
-"""Draw the views of every policy: `python benchmarks/draw_views.py --output docs/views.png`.
+"""Draw the views of every policy: `python docs/draw_views.py --output docs/views.png`.
 
 Digits are scikit-learn's; colour images are tiles of its two sample photographs. Nothing is downloaded.
 """
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 
-from iic_dist.evaluation import charts
+from iic_dist.evaluation import mosaics
 from iic_dist.views.policies import policy
 
 REPEATS = 5
@@ -40,7 +40,7 @@ def row_of(name: str, images: Tensor, **options: object) -> np.ndarray:
     rows = torch.arange(len(images))
     made = views.training(images, rows, rows, epoch=0)
     spec = views.first
-    picture = charts.view_pairs(
+    picture = mosaics.view_pairs(
         made[: len(images)], made[len(images) :], images, mean=spec.mean or None, std=spec.std or None
     )
     head = Image.new("RGB", (picture.shape[1], 18), (236, 236, 236))
