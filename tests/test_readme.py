@@ -64,6 +64,7 @@ CANNOT_RUN = {
         "--model.backbone timm/tf_efficientnet_lite0 --model.weights tf_efficientnet_lite0.safetensors"
     ): ("wants a file of weights", "config/test_frozen.py::test_a_file_of_weights_needs_no_network"),
     "make lint": ("installs; .ci/run runs it", None),
+    "make lint test": ("it is what runs this", None),
     "make test-all": ("it is what runs this", None),
     "pip install -e . --no-build-isolation": (
         "changes the environment; make runs it",
