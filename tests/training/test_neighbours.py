@@ -154,7 +154,7 @@ def test_the_finished_heads_say_of_features_what_was_trained_on_vectors() -> Non
 
 def test_heads_find_the_kinds_of_things() -> None:
     """Five blobs far apart, five clusters: the loss is near -(2w - 1) ln K."""
-    vectors = neighbour_tasks.vectors_of_blobs(400, 5)
+    vectors = 5 * torch.nn.functional.normalize(neighbour_tasks.blobs(400, 12, noise=0.2))
     near = nearest(vectors, 0, vectors, 10)
     heads = neighbour_tasks.NeighbourTraining(
         vectors,
