@@ -265,22 +265,27 @@ class NeighboursConfig:
     """Fresh clustering heads, trained on pairs of an image and one of its neighbours in the features.
 
     Attributes:
-        steps: Updates of the new heads; 0 = no such stage. 1000 are right for most sets, 100 are worse than k-means.
+        steps: Updates of the new heads; 0 = no such stage. 600 are right for most sets, 100 are worse than k-means.
         k: Neighbours of each image: the nearest by cosine, exact.
-        partners: Neighbours of each image in a step.
+        walk: Steps of the random walk from an image to its partner, each to one of the neighbours of the image before:
+            the more, the less a cut through a cluster pays, and the less classes of few images are lost.
+        partners: Of each image in a step.
         batch_size: Images in a step over all ranks.
-        sub_heads: Independent sub-heads of each new head; the one of lowest loss over all pairs is selected.
-        entropy_weight: Weight w of the marginal entropies in their loss; 1 loses 4 to 13 points.
+        sub_heads: Sub-heads of each new head that are left of four times as many, half of which started at random and
+            half at clusters of the graph of neighbours; the one of lowest loss over all images is selected.
+        entropy_weight: Weight w of the marginal entropies in their loss; 1 is mutual information, more pushes harder
+            towards clusters of equal size. Random sub-heads explore with at least 2.
         lr: Learning rate of their AdamW, which falls to zero as a cosine.
         weight_decay: Of their weights.
     """
 
     steps: int = _at_least_0(0)
-    k: int = _above_0(20)
+    k: int = _above_0(15)
+    walk: int = _above_0(6)
     partners: int = _above_0(1)
     batch_size: int = _above_0(1024)
     sub_heads: int = _above_0(8)
-    entropy_weight: float = _above_0(2.0)
+    entropy_weight: float = _above_0(1.0)
     lr: float = _above_0(5e-3)
     weight_decay: float = _at_least_0(1e-2)
 

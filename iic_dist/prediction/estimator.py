@@ -21,7 +21,9 @@ from iic_dist.losses.objective import Objective
 from iic_dist.models.feature_heads import FeatureSubHeads
 from iic_dist.models.fourier_features import FourierFeatures, draw_frequencies
 from iic_dist.training.feature_space import find_neighbours, fit_space, map_features
-from iic_dist.training.neighbours import HeadTraining, NeighbourTraining
+from iic_dist.training.head_plan import HeadTraining
+from iic_dist.training.neighbours import NeighbourTraining
+from iic_dist.training.starts import GraphStarts
 
 FEW_COLUMNS = 16
 """Up to so many columns `kernel="auto"` compares rows by their distance."""
@@ -80,20 +82,22 @@ class IICClustering(ClusterMixin, BaseEstimator):
         self,
         n_clusters: int = 10,
         *,
-        n_neighbors: int = 20,
+        n_neighbors: int = 15,
+        n_walk: int = 6,
         n_init: int = 8,
-        n_steps: int = 1000,
+        n_steps: int = 600,
         n_partners: int = 1,
         batch_size: int = 1024,
         learning_rate: float = 5e-3,
         weight_decay: float = 1e-2,
-        entropy_weight: float = 2.0,
+        entropy_weight: float = 1.0,
         kernel: str = "auto",
         device: str = "cpu",
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.n_clusters = n_clusters
         self.n_neighbors = n_neighbors
+        self.n_walk = n_walk
         self.n_init = n_init
         self.n_steps = n_steps
         self.n_partners = n_partners
@@ -149,7 +153,7 @@ class IICClustering(ClusterMixin, BaseEstimator):
         return self._probabilities(self._read(X, reset=False))
 
     def _check_parameters(self) -> None:
-        for name in ("n_clusters", "n_neighbors", "n_init", "n_steps", "n_partners", "batch_size"):
+        for name in ("n_clusters", "n_neighbors", "n_walk", "n_init", "n_steps", "n_partners", "batch_size"):
             check_scalar(getattr(self, name), name, Integral, min_val=1)
         for name in ("learning_rate", "entropy_weight"):
             check_scalar(getattr(self, name), name, Real, min_val=0, include_boundaries="neither")
@@ -193,16 +197,24 @@ class IICClustering(ClusterMixin, BaseEstimator):
         space = fit_space(features, device)
         vectors = map_features(features, space, device)
         k = max(1, min(self.n_neighbors, count - 1, count // (2 * self.n_clusters)))
+        neighbours = find_neighbours(vectors, k, device)
         settings = HeadTraining(
-            self.n_steps, self.n_partners, self.batch_size, self.learning_rate, self.weight_decay, seed
+            steps=self.n_steps,
+            partners=self.n_partners,
+            walk=self.n_walk,
+            batch_size=self.batch_size,
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            seed=seed,
         )
         training = NeighbourTraining(
             vectors,
-            find_neighbours(vectors, k, device),
+            neighbours,
             {_HEAD: (self.n_init, self.n_clusters)},
             {_HEAD: Objective(self.entropy_weight)},
             settings,
             device,
+            GraphStarts(vectors, neighbours, seed),
         )
         while training.step < self.n_steps:
             training.train_step()

@@ -16,7 +16,9 @@ from iic_dist.evaluation.sub_heads import SubHeadRecord
 from iic_dist.losses import IICTerms
 from iic_dist.models.feature_heads import FeatureSubHeads
 from iic_dist.training.feature_space import find_neighbours, fit_space, map_features
-from iic_dist.training.neighbours import HeadTraining, NeighbourTraining
+from iic_dist.training.head_plan import HeadTraining
+from iic_dist.training.neighbours import NeighbourTraining
+from iic_dist.training.starts import GraphStarts
 
 
 class NeighbourStage:
@@ -60,6 +62,7 @@ class NeighbourStage:
             HeadTraining(
                 steps=asked.steps,
                 partners=asked.partners,
+                walk=asked.walk,
                 batch_size=asked.batch_size,
                 lr=asked.lr,
                 weight_decay=asked.weight_decay,
@@ -67,6 +70,7 @@ class NeighbourStage:
                 impl=config.loss.impl,
             ),
             device,
+            GraphStarts(self.vectors, self.neighbours, config.run.seed),
         )
 
     def run(self, after_each: Callable[[int, Mapping[str, IICTerms]], None]) -> None:

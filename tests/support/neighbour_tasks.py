@@ -14,7 +14,9 @@ from torch.nn import functional
 from iic_dist.losses.objective import Objective
 from iic_dist.training import feature_space, neighbours
 from iic_dist.training.feature_space import find_neighbours, fit_space
-from iic_dist.training.neighbours import HeadTraining, NeighbourTraining
+from iic_dist.training.head_plan import HeadTraining
+from iic_dist.training.neighbours import NeighbourTraining
+from iic_dist.training.starts import GraphStarts
 
 CPU = torch.device("cpu")
 PRIOR = torch.tensor([1.0, 2, 2, 3], dtype=torch.float64)
@@ -66,12 +68,14 @@ def why_no_space(rank: int, group: dist.ProcessGroup | None, features: Tensor) -
 
 
 def settings(**changes: Any) -> HeadTraining:
-    asked = {"steps": 20, "partners": 2, "batch_size": 30, "lr": 5e-3, "weight_decay": 1e-2, "seed": 3, "impl": "torch"}
+    asked = {"steps": 20, "partners": 2, "walk": 3, "batch_size": 30, "lr": 5e-3, "weight_decay": 1e-2}
+    asked |= {"seed": 3, "impl": "torch"}
     return HeadTraining(**(asked | changes))
 
 
 def training(vectors: Tensor, near: Tensor, **changes: Any) -> NeighbourTraining:
-    return NeighbourTraining(vectors, near, SHAPES, OBJECTIVES, settings(**changes), CPU)
+    starts = GraphStarts(vectors, near, 3)
+    return NeighbourTraining(vectors, near, SHAPES, OBJECTIVES, settings(**changes), CPU, starts)
 
 
 def trained(
@@ -90,10 +94,15 @@ def trained(
         neighbours._ROWS = before
     return {
         "images": images,
-        "losses": torch.stack(losses),
+        "losses": torch.cat(losses),
         "weights": torch.cat([value.detach().flatten() for value in heads.parameters]),
         "judged": {name: (terms.loss, terms.joint) for name, terms in judged.items()},
     }
+
+
+def started(rank: int, group: dist.ProcessGroup | None, vectors: Tensor, near: Tensor) -> Tensor:
+    """Return where heads of four clusters start."""
+    return GraphStarts(vectors, near, 3)(4, 6)
 
 
 def why_no_training(rank: int, group: dist.ProcessGroup | None, count: int) -> str:

@@ -37,8 +37,7 @@ def vectors_by_hand(features: np.ndarray) -> np.ndarray:
     own += feature_space.RIDGE * np.trace(own) / kept * np.eye(kept)
     correlations, canonical = scipy.linalg.eigh(shared, own)  # of columns u: u^T own u = 1
     share = np.maximum(correlations, 0) ** feature_space.POWER if correlations.max() > 0 else np.ones(kept)
-    shrink = canonical @ np.diag(share) @ np.linalg.inv(canonical)
-    projected = y @ shrink
+    projected = y @ canonical @ np.diag(share)
     return 5 * projected / np.linalg.norm(projected, axis=1, keepdims=True)
 
 
