@@ -235,7 +235,7 @@ class TrainConfig:
         precision: Of the network; bfloat16 is autocast with float32 weights.
         channels_last: Memory format of the network; faster on GPUs.
         compile: Compile the network with torch.compile.
-        sync_batchnorm: Batch normalisation over all ranks (CUDA only).
+        sync_batchnorm: Batch normalisation over the images of all ranks: the same training on any number of them.
         evaluate_every: Epochs between evaluations; 0 = only at the end.
         evaluate_batch_size: Images of one forward pass of a rank in an evaluation.
         checkpoint_every: Epochs between checkpoints; there is always one at the end, and one where a signal stops

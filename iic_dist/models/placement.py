@@ -10,22 +10,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from iic_dist.distributed import Place
-from iic_dist.errors import UsageError
 from iic_dist.models.cluster_net import ClusterNet
+from iic_dist.models.sync_norm import synchronise
 
 
 def on_device(
     model: ClusterNet, device: torch.device, dtype: torch.dtype, *, sync_batchnorm: bool, channels_last: bool
 ) -> ClusterNet:
-    """Move a network to where it is trained.
-
-    Raises:
-        UsageError: synchronised batch normalisation is asked for on the CPU.
-    """
+    """Move a network to where it is trained."""
     if sync_batchnorm:
-        if device.type != "cuda":
-            raise UsageError("train.sync_batchnorm=true: torch has it on CUDA only; leave it out on the CPU")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        synchronise(model, device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model.to(device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from iic_dist.distributed import Place
 from iic_dist.losses import iic_loss, nt_xent_loss, start_nt_xent_loss
 from iic_dist.losses.self_label import self_label_loss
 from iic_dist.models import SubHeads
+from iic_dist.models.sync_norm import synchronise
 from iic_dist.prediction.clusterer import load
 from iic_dist.prediction.folder import FolderPrediction, predict_folder
 from iic_dist.training import resume
@@ -106,6 +108,25 @@ def gather(rank: int, group: dist.ProcessGroup, sizes: list[int]) -> tuple[list[
     return known, distributed.gather_rows(own, known, group)
 
 
+def normalised(
+    rank: int, group: dist.ProcessGroup, layer: nn.Module, rows: Tensor, weights: Tensor, shards: list[int]
+) -> dict[str, Tensor]:
+    """Run a layer of batch normalisation on this rank's rows of all; return output, gradients and statistics.
+
+    The loss of all ranks together is (weights * output).sum(); the default group has a rank for each shard.
+    """
+    start = sum(shards[:rank])
+    own = slice(start, start + shards[rank])
+    # A copy: what is sent to several ranks is one piece of shared memory.
+    whole = synchronise(nn.Sequential(copy.deepcopy(layer)), torch.device("cpu")).train()
+    shard = rows[own].clone().requires_grad_()
+    output = whole(shard)
+    (output * weights[own]).sum().backward()
+    parameters = {f"gradient of {name}": p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    assert shard.grad is not None
+    return {"output": output.detach(), "gradient": shard.grad, **parameters, **dict(whole.named_buffers())}
+
+
 def single_pair(rank: int, group: dist.ProcessGroup) -> str:
     """Return the error of a global batch of one image."""
     try:
@@ -134,10 +155,12 @@ def training_losses(rank: int, group: dist.ProcessGroup | None, arguments: list[
         terms = trainer.train_step(passes[step % len(passes)], step // len(passes))
         losses += [float(t if isinstance(t, Tensor) else t.loss.mean()) for t in terms.values()]
     parameters = torch.cat([p.detach().flatten() for p in trainer.learner.model.parameters()])
+    statistics = [b.flatten() for b in trainer.learner.model.buffers() if b.is_floating_point()]
     figures = trainer.evaluate()
     return {
         "losses": losses,
         "parameters": parameters,
+        "statistics": torch.cat(statistics) if statistics else torch.empty(0),
         "accuracy": figures["accuracy"],
         "nmi": figures["nmi"],
         "choices": figures["choices"],
