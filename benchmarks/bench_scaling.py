@@ -32,6 +32,7 @@ from scaling_model import Network, Step, Traffic, contrast_flops, predict
 from iic_dist import distributed
 from iic_dist.config.build import load_data
 from iic_dist.config.command_line import parse
+from iic_dist.device import choose_device
 from iic_dist.distributed import Place
 from iic_dist.losses import nt_xent_loss
 from iic_dist.training.trainer import Trainer
@@ -140,7 +141,7 @@ def contrast_rate(device: torch.device) -> float:
 def work_of_a_rank(device_name: str, output: Path) -> None:
     """Measure on all ranks of a world, and let rank 0 write."""
     place = Place.from_environment()
-    device = distributed.choose_device(device_name, place)
+    device = choose_device(device_name, place)
     torch.set_num_threads(1)
     distributed.start(place, device, 10)
     ranks = place.world_size
@@ -313,7 +314,7 @@ def main() -> None:
     if options.rank_output:
         work_of_a_rank(options.device, options.rank_output)
         return
-    device = distributed.choose_device(options.device, Place()).type
+    device = choose_device(options.device, Place()).type
     count = torch.cuda.device_count() if device == "cuda" else max(WORLDS)
     rounds = [{ranks: run_world(ranks, device) for ranks in WORLDS if ranks <= count} for _ in range(options.rounds)]
     worlds = median_of(rounds)

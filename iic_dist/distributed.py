@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from iic_dist.errors import UsageError
+from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
+
+FLIGHT_RECORDER = "flight_recorder_rank_"
+"""Start of the names of what NCCL's flight recorder writes; the rank follows."""
+
+# What torch reads when it makes a group, and when it makes the recorder: so many collectives are remembered.
+_FLIGHT_RECORDER = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
+
+_store: dist.Store | None = None
+_patience = ""
+
+# torch 2.14 has made it public, and warns of the old name.
+_set_timeout: Callable[[timedelta], None] = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
 
 # torch 2.14 has renamed it, and warns of the old name in every run.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -46,38 +57,28 @@ class Place:
         return self.rank == 0
 
 
-def choose_device(name: str, place: Place) -> torch.device:
-    """Resolve "auto", "cpu" or "cuda" to the device of this rank.
-
-    Raises:
-        UsageError: CUDA was asked for and is not there, or the machine has fewer GPUs than ranks.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"run.device={name!r}: must be auto, cpu or cuda")
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UsageError("run.device='cuda': torch sees no CUDA device here; use --run.device cpu")
-    count = torch.cuda.device_count()
-    if place.local_world_size > count:
-        raise UsageError(
-            f"{place.local_world_size} ranks on a machine with {count} GPU(s): start torchrun with "
-            f"--nproc_per_node={count}, or use --run.device cpu"
-        )
-    return torch.device("cuda", place.local_rank)
-
-
 def start(place: Place, device: torch.device, timeout_minutes: float) -> None:
     """Join the process group that torchrun's environment names; nothing in a world of one.
 
-    NCCL carries CUDA tensors, gloo carries CPU tensors. Where the agent owns the store, it is prefixed with the
+    NCCL carries CUDA tensors, gloo carries CPU tensors. NCCL is told the device of the rank, so that it connects now
+    and has none to guess, and its flight recorder is on. Where the agent owns the store, it is prefixed with the
     restart count, because it outlives killed workers and their stale keys make a plain restart hang. A store of
     rank 0's own is new at each start, and must not be: agents count their restarts each by itself.
+
+    Args:
+        place: This rank.
+        device: Of this rank; with an index if it is a CUDA device.
+        timeout_minutes: How long a collective waits, until `set_timeout` says otherwise.
     """
+    global _store, _patience
     if "RANK" not in os.environ:
         return
-    if device.type == "cuda":
+    _patience = f"run.start_timeout_minutes ({timeout_minutes:g})"
+    on_cuda = device.type == "cuda"
+    if on_cuda:
         torch.cuda.set_device(device)
+        for name, value in _FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
     timeout = timedelta(minutes=timeout_minutes)
     agent_owns_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
@@ -88,41 +89,49 @@ def start(place: Place, device: torch.device, timeout_minutes: float) -> None:
         timeout=timeout,
     )
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_owns_store else "0"
+    _store = dist.PrefixStore(f"restart{restarts}", store)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"restart{restarts}", store),
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=_store,
         rank=place.rank,
         world_size=place.world_size,
         timeout=timeout,
+        device_id=device if on_cuda else None,
     )
 
 
-def why_it_failed(error: RuntimeError) -> str | None:
-    """Say in one line what a collective's error means and where to look; None for an error of another kind."""
-    said = " ".join(str(error).split())
-    if re.search(r"tim(ed|e) ?out", said, re.IGNORECASE):
-        return (
-            "a collective waited longer than run.timeout_minutes. Some rank hangs, was suspended, or lost its network: "
-            f"look for the rank that says nothing here, at its machine and its log (torchrun --log-dir). [{said[:200]}]"
-        )
-    if re.search(r"connection (was )?(closed|reset|refused)|broken pipe|socket", said, re.IGNORECASE):
-        return f"the connection to another rank broke: that one died first, see its error. [{said[:200]}]"
-    return None
+def set_timeout(minutes: float) -> None:
+    """Let the collectives from here on wait so long, those of `wait_patiently` and `local_main_first` aside.
 
-
-def use_threads(threads: int | None, place: Place) -> None:
-    """Share the machine's cores among its ranks; torchrun by itself leaves one thread to each.
-
-    Args:
-        threads: Of this rank; None for its share of the cores.
-        place: This rank.
+    Collective: all ranks must call; none goes on before all are here, or one that is early would not wait for one
+    that is still at what takes long. Sync: waits on the host.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // place.local_world_size))
+    global _patience
+    if world_size() > 1:
+        barrier()
+        _set_timeout(timedelta(minutes=minutes))
+        _patience = f"run.timeout_minutes ({minutes:g})"
+
+
+def record_flights_in(folder: Path) -> None:
+    """Let NCCL's flight recorder write into a folder when a collective waits too long: a file a rank."""
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.absolute() / FLIGHT_RECORDER))
+
+
+def own_patience() -> str:
+    """Name the setting that says how long collectives wait now, with its value; "" without a group by `start`."""
+    return _patience
+
+
+def own_store() -> dist.Store | None:
+    """Return the store that this process has joined by, or None where it has joined none."""
+    return _store
 
 
 def stop() -> None:
     """Leave the process group, if there is one."""
+    global _store
+    _store = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -239,15 +248,22 @@ def wait_patiently() -> None:
     Collective: all ranks must call.
     """
     if world_size() > 1:
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        assert isinstance(patient, dist.ProcessGroup), "every rank is a member"
-        dist.barrier(patient)
+        barrier(_patient_group())
 
 
-def barrier() -> None:
-    """Wait until all ranks are here."""
-    if world_size() > 1:
-        dist.barrier()
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    """Wait on the host until all ranks are here; a device goes on with what it has to do.
+
+    Not torch's barrier: that one takes the device of the default group, which a group of gloo alone does not have.
+    """
+    if world_size(group) > 1:
+        dist.all_reduce(torch.zeros(1), group=group)
+
+
+def _patient_group() -> dist.ProcessGroup:
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    assert isinstance(patient, dist.ProcessGroup), "every rank is a member"
+    return patient
 
 
 @contextlib.contextmanager
@@ -259,10 +275,9 @@ def local_main_first(place: Place) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    assert isinstance(patient, dist.ProcessGroup), "every rank is a member"
+    patient = _patient_group()
     if place.local_rank != 0:
-        dist.barrier(patient)
+        barrier(patient)
     yield
     if place.local_rank == 0:
-        dist.barrier(patient)
+        barrier(patient)

@@ -1,4 +1,7 @@
-"""Look at this machine: `python -m iic_dist.doctor` says what training would run on; it exits with 0 where it works."""
+"""Look at this machine: `python -m iic_dist.doctor` says what training would run on; it exits with 0 where it works.
+
+Or at a run: `python -m iic_dist.doctor --run runs/NAME` says how it went and what to do next.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -108,13 +112,31 @@ def _report(line: Callable[[str], None]) -> bool:
     return good
 
 
+def _report_of_a_run(run: Path) -> bool:
+    # Here, for a bare machine with torch alone can be looked at without what these need.
+    from iic_dist.config.console import errors_in_one_line
+    from iic_dist.distributed import Place
+    from iic_dist.training import examination
+
+    with errors_in_one_line(Place()):
+        found = examination.examine(run)
+    for line in examination.report(found):
+        print(line)
+    return found.is_well
+
+
 def main() -> None:
-    """Print the report; exit with 1 where a loss is wrong."""
-    argparse.ArgumentParser(
+    """Print the report; exit with 1 where a loss is wrong, or where a run has failed or is damaged."""
+    parser = argparse.ArgumentParser(
         prog="python -m iic_dist.doctor",
         description="Say what this machine has, which ops are compiled, and whether the losses are right here. "
-        "Exits with 0 where training would work.",
-    ).parse_args()
+        "Exits with 0 where training would work. Or, with --run, say how far a run came, why it ended, which of its "
+        "checkpoints verify, and what to do next; exits with 1 where it failed or something is damaged.",
+    )
+    parser.add_argument("--run", "--folder", type=Path, metavar="DIR", help="folder of a run, runs/NAME, to look at")
+    run = parser.parse_args().run
+    if run is not None:
+        sys.exit(0 if _report_of_a_run(run) else 1)
     if not _report(print):
         sys.exit("the losses are wrong on this machine: build the extension again, or use --loss.impl torch")
     print("training would work")

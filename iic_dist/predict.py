@@ -12,6 +12,7 @@ from torch import Tensor
 
 from iic_dist import distributed
 from iic_dist.config.console import errors_in_one_line, log_to_console, run_option
+from iic_dist.device import NAMES, use_threads
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.prediction import clusterer, gallery, outputs
@@ -60,8 +61,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--device",
         default="auto",
-        choices=("auto", "cpu", "cuda"),
-        help="where to compute; auto takes CUDA if there is a GPU",
+        choices=NAMES,
+        help="where to compute; auto takes CUDA, else MPS, else the CPU",
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser.parse_args()
@@ -106,8 +107,8 @@ def predict(options: argparse.Namespace, place: Place) -> None:
     _check(options)
     run = clusterer.load(options.run, options.device)
     names = read_names(options.names, run.num_clusters) if options.names else None
-    distributed.use_threads(run.config.run.threads, place)
-    distributed.start(place, run.device, run.config.run.timeout_minutes)
+    use_threads(run.config.run.threads, place)
+    distributed.start(place, run.device, run.config.run.start_timeout_minutes)
     if run.takes_features:
         _refuse_pictures(options)
         found = predict_rows(run, options.images)

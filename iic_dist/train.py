@@ -16,6 +16,7 @@ from iic_dist.config.folder import choose
 from iic_dist.config.same import check_same
 from iic_dist.config.weights import with_weights
 from iic_dist.data.image_set import ImageSet
+from iic_dist.device import choose_device, use_threads
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import metrics
@@ -67,9 +68,9 @@ def train(config: Config, place: Place, stop: StopSignals, chosen: Set[str] = fr
 
     Collective: all ranks must call.
     """
-    device = distributed.choose_device(config.run.device, place)
-    distributed.use_threads(config.run.threads, place)
-    distributed.start(place, device, config.run.timeout_minutes)
+    device = choose_device(config.run.device, place)
+    use_threads(config.run.threads, place)
+    distributed.start(place, device, config.run.start_timeout_minutes)
     check_same(config, chosen)
     config = with_weights(distributed.broadcast(config), place, partial(say, place))
     losses = choose_losses(config, device)

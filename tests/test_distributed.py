@@ -4,12 +4,9 @@ from pathlib import Path
 
 import pytest
 import rank_tasks
-import torch
 from ranks import Ranks
 
-from iic_dist import distributed
 from iic_dist.distributed import Place
-from iic_dist.errors import UsageError
 
 
 @pytest.mark.parametrize("sizes", [[3], [2, 2], [4, 1], [1, 3, 2], [2, 2, 2, 2]], ids=str)
@@ -34,21 +31,6 @@ def test_the_place_is_read_from_torchruns_environment(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, str(value))
     assert Place.from_environment() == Place(5, 8, 1, 4)
     assert not Place.from_environment().is_main
-
-
-def test_devices_are_chosen_or_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distributed.choose_device("auto", Place()) == torch.device("cpu")
-    with pytest.raises(UsageError, match="'cuda'.*no CUDA device"):
-        distributed.choose_device("cuda", Place())
-    with pytest.raises(UsageError, match="'tpu'"):
-        distributed.choose_device("tpu", Place())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert distributed.choose_device("auto", Place(3, 4, 1, 2)) == torch.device("cuda", 1)
-    with pytest.raises(UsageError, match="4 ranks on a machine with 2 GPU.*nproc_per_node=2"):
-        distributed.choose_device("auto", Place(0, 4, 0, 4))
-    assert distributed.choose_device("cpu", Place(0, 4, 0, 4)) == torch.device("cpu")
 
 
 def test_the_others_wait_for_the_main_process_of_their_machine(ranks: Ranks, tmp_path: Path) -> None:

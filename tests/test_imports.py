@@ -19,6 +19,7 @@ PACKAGE = Path(iic_dist.__file__).parent
 FLOORS = (
     {"errors", "files"},
     {"distributed", "ops"},
+    {"device", "failure"},
     {"data", "views", "models", "losses"},  # know nothing of each other
     {"config", "evaluation"},  # nor do these, so that only what is above config sees a Config
     {"training"},

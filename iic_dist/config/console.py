@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from iic_dist import distributed
+from iic_dist import distributed, failure
 from iic_dist.distributed import Place
 from iic_dist.errors import RunError, UsageError
 
@@ -50,7 +50,7 @@ def errors_in_one_line(place: Place, *, system_error: int = 1) -> Iterator[None]
     except OSError as error:
         _fail(place, error, system_error)
     except RuntimeError as error:
-        if (why := distributed.why_it_failed(error)) is None:
+        if (why := failure.why_it_failed(error, place)) is None:
             raise
         print(f"error: rank {place.rank}: {why}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -30,19 +30,22 @@ class RunConfig:
         name: Folder of the run under `root`. Default: the data set's name and the next free number.
         root: Folder of all runs.
         seed: Decides the initial weights, the order of the images and every view; from 0 to 2^63 - 1.
-        device: Where to compute; auto takes CUDA if there is a GPU.
+        device: Where to compute; auto takes CUDA, else MPS (a Mac's GPU, for one process), else the CPU.
         threads: CPU threads of one rank. Default: under torchrun the machine's cores shared among its ranks.
         resume: auto continues from the newest checkpoint of a run of this name; never refuses to touch one.
-        timeout_minutes: A collective that waits longer than this ends the run with an error.
+        timeout_minutes: A collective that waits longer than this, after the first step, ends the run with an error.
+        start_timeout_minutes: The same until the first step is done: images are decoded, features extracted and the
+            network compiled till then, and ranks may wait for the slowest.
     """
 
     name: str | None = None
     root: str = "runs"
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int | None = None
     resume: Literal["auto", "never"] = "auto"
     timeout_minutes: float = _above_0(10.0)
+    start_timeout_minutes: float = _above_0(60.0)
 
 
 @dataclass

@@ -13,12 +13,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from iic_dist import distributed
 from iic_dist.config import Config
 from iic_dist.config.build import build_model, build_views
 from iic_dist.data.decode import decode_image, square
 from iic_dist.data.features import PREFIX
 from iic_dist.data.image_set import ImageSet, to_channels
+from iic_dist.device import choose_device
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import metrics
@@ -222,7 +222,7 @@ def load(run: str | os.PathLike[str], device: str = "auto") -> Clusterer:
 
     Args:
         run: Its folder, runs/NAME.
-        device: "cpu", "cuda", or "auto" for CUDA if there is a GPU; under torchrun that of the rank.
+        device: "cpu", "cuda", "mps", or "auto" for CUDA, else MPS, else the CPU; under torchrun that of the rank.
 
     Raises:
         UsageError: there is no such run, it has no checkpoint that verifies, or its config.yaml says too little.
@@ -237,7 +237,7 @@ def load(run: str | os.PathLike[str], device: str = "auto") -> Clusterer:
     state = checkpoint.load_newest(folder / "checkpoints")
     if state is None:
         raise UsageError(f"{folder}: no checkpoint in {folder / 'checkpoints'} verifies")
-    place = distributed.choose_device(device, Place.from_environment())
+    place = choose_device(device, Place.from_environment())
     try:
         return Clusterer(config, state, place)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -42,7 +42,7 @@ def save(folder: Path, epoch: int, step: int, state: Mapping[str, Any], loss: fl
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"epoch_{epoch:05d}_step_{step:08d}.pt"
     _remove_leftovers(folder)
-    if not (path.exists() and _verifies(path)):
+    if not (path.exists() and why_not(path) is None):
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         content = buffer.getvalue()
@@ -127,14 +127,6 @@ def _verified_bytes(path: Path) -> bytes:
     return content
 
 
-def _verifies(path: Path) -> bool:
-    try:
-        _verified_bytes(path)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def load(path: Path) -> dict[str, Any]:
     """Read one checkpoint, on the CPU.
 
@@ -171,3 +163,12 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
 def load_best(folder: Path) -> dict[str, Any] | None:
     """Read the checkpoint of lowest loss that verifies, on the CPU; None where there is none with a loss."""
     return _load_first(best_first(available(folder)))
+
+
+def why_not(path: Path) -> str | None:
+    """Say why a checkpoint would be passed over; None where it is what its manifest says."""
+    try:
+        _verified_bytes(path)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from iic_dist import distributed
 from iic_dist.config.weights import with_weights
+from iic_dist.device import choose_device, use_threads
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.training.open import open_trainer
@@ -30,11 +31,12 @@ def evaluate_run(run: Path, place: Place, changes: Sequence[str] = (), best: boo
     Collective: all ranks must call.
     """
     config = settings_of(run, changes)
-    device = distributed.choose_device(config.run.device, place)
-    distributed.use_threads(config.run.threads, place)
-    distributed.start(place, device, config.run.timeout_minutes)
+    device = choose_device(config.run.device, place)
+    use_threads(config.run.threads, place)
+    distributed.start(place, device, config.run.start_timeout_minutes)
     trainer = open_trainer(with_weights(config, place, lambda line: None), place, device)
     if not trainer.resume(run, best=best):
         which = "with a loss" if best else "that verifies"
         raise UsageError(f"--run {run}: there is no checkpoint {which} in {run / 'checkpoints'}")
+    distributed.set_timeout(config.run.timeout_minutes)
     return trainer.evaluate()

@@ -63,6 +63,7 @@ CONFIG = "config.yaml"
 # What a run may be gone on with under another value of.
 MAY_CHANGE = {
     *("run.name", "run.root", "run.device", "run.threads", "run.resume", "run.timeout_minutes"),
+    "run.start_timeout_minutes",
     *("data.root", "data.download", "data.evaluate_on", "data.labels", "data.cache", "data.workers", "data.relist"),
     *("data.device_budget_gib", "model.weights"),  # the digest of the weights must stay
     *("loss.impl", "views.impl", "train.epochs", "train.compile"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from iic_dist import distributed
 from iic_dist.config import Config
 from iic_dist.data.features import FeatureSet
 from iic_dist.data.image_set import ImageSet
@@ -30,6 +31,7 @@ from iic_dist.training import report, resume, stages
 from iic_dist.training.guard import Poll
 from iic_dist.training.monitor import Monitor
 from iic_dist.training.neighbour_stage import NeighbourStage
+from iic_dist.training.rank_record import FOLDER, RankLog
 from iic_dist.training.stop import Stopping, StopSignals
 
 
@@ -79,6 +81,8 @@ class StagedRun(abc.ABC):
         self.stage_figures: dict[str, Any] = {}
         self.neighbours: Tensor | None = None
         self._neighbour_state: Mapping[str, Any] | None = None
+        self._log_of_rank: RankLog | None = None
+        self._has_begun = False
 
     @abc.abstractmethod
     def show_start(self, monitor: Monitor) -> None:
@@ -125,13 +129,19 @@ class StagedRun(abc.ABC):
             RunError: too many steps in a row were not finite, or the last state could not be saved.
         """
         self.stop = stop or self.stop
-        with Monitor(folder, self.place.is_main, self.step if self.step else None) as monitor:
+        distributed.record_flights_in(folder / FOLDER)
+        with (
+            RankLog(folder, self.place) as self._log_of_rank,
+            Monitor(folder, self.place.is_main, self.step if self.step else None) as monitor,
+        ):
+            self._log_of_rank.at(self.step, self.stage)
             if self.step == 0:
                 self.show_start(monitor)
             try:
                 result = self._train_stages(folder, monitor)
             except Stopping:
                 resume.leave_for_later(folder, self.state_dict(), self.stop.received)
+                self._log_of_rank.end("stopped")
                 return None
         if self.place.is_main:
             write_whole(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -166,6 +176,17 @@ class StagedRun(abc.ABC):
         if stage != "neighbours":
             self.begin(stage)
 
+    def _took_a_step(self) -> None:
+        """Note that a step is done; from the first one on ranks wait less for each other.
+
+        Collective: at the first step of this process all ranks must call.
+        """
+        if self._log_of_rank is not None:
+            self._log_of_rank.at(self.step, self.stage)
+        if not self._has_begun:
+            self._has_begun = True
+            distributed.set_timeout(self.config.run.timeout_minutes)
+
     def _progress(self, total: int, done: int, unit: str) -> tqdm[Any]:
         hidden = not (self.place.is_main and self.config.monitor.progress)
         return tqdm(total=total, initial=done, disable=hidden, unit=unit, dynamic_ncols=True)
@@ -195,6 +216,7 @@ class StagedRun(abc.ABC):
 
             def after_each(step: int, terms: Mapping[str, IICTerms]) -> None:
                 self.step, self._neighbour_state = first_step + step, stage.state_dict()
+                self._took_a_step()
                 bar.update()
                 if step % self.config.monitor.log_every == 0:
                     self._log_neighbours(monitor, bar, terms)

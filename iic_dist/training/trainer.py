@@ -148,6 +148,7 @@ class Trainer(StagedRun):
         try:
             for each, position in self.course.steps_left(self.epoch, before):
                 terms = self.train_step(each, position)
+                self._took_a_step()
                 bar.update()
                 if self.step % self.config.monitor.log_every == 0:
                     self._log(monitor, bar, each, terms, (self.step - before) / (time.perf_counter() - started))
