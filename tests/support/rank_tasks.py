@@ -127,6 +127,25 @@ def normalised(
     return {"output": output.detach(), "gradient": shard.grad, **parameters, **dict(whole.named_buffers())}
 
 
+def flight_recorder_of_a_wait(rank: int, group: dist.ProcessGroup) -> bytes:
+    """Let rank 0 of two come to a collective before rank 1, and return what torch's flight recorder says then."""
+    from torch._C._distributed_c10d import FlightRecorderHook, _dump_fr_trace
+
+    world, there = dist.group.WORLD, torch.zeros(1)
+    assert world is not None
+    hook = FlightRecorderHook.attach(world)
+    dist.all_reduce(there)
+    work = dist.all_reduce(torch.ones(3, 4), async_op=True) if rank == 0 else None
+    time.sleep(1.0)
+    dump: bytes = _dump_fr_trace()
+    if work is None:
+        dist.all_reduce(torch.ones(3, 4))
+    else:
+        work.wait()
+    hook.remove()
+    return dump
+
+
 def single_pair(rank: int, group: dist.ProcessGroup) -> str:
     """Return the error of a global batch of one image."""
     try:
