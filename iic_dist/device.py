@@ -45,6 +45,14 @@ def choose_device(name: str, place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Return where to compute what is the same everywhere, as views and neighbours are, for a network on `device`.
+
+    Their numbers are float64 and 64-bit integers. MPS has no float64, so there the CPU beside it makes them.
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def use_threads(threads: int | None, place: Place) -> None:
     """Share the machine's cores among its ranks; torchrun by itself leaves one thread to each.
 

@@ -13,6 +13,7 @@ from iic_dist.config import Config
 from iic_dist.data.folder import Reading
 from iic_dist.data.image_set import ImageSet
 from iic_dist.data.load import load_image_set
+from iic_dist.device import exact_device
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.losses.objective import Objective
@@ -92,17 +93,24 @@ def build_objectives(config: Config, device: torch.device) -> dict[str, Objectiv
     """
     prior, weight = config.loss.prior, config.loss.entropy_weight
     if isinstance(prior, list):
-        clustering = Objective(weight, torch.tensor(prior, dtype=torch.float64, device=device))
+        clustering = Objective(weight, torch.tensor(prior, dtype=torch.float64, device=exact_device(device)))
     else:
         clustering = Objective(1.0 if prior == "free" else weight)
     return dict.fromkeys(config.clustering_heads, clustering) | {"overclustering": Objective(weight)}
 
 
-def build_views(config: Config) -> Views:
-    """Make the view policy of a config that knows the size and the channels of its images."""
+def build_views(config: Config, device: torch.device | None = None) -> Views:
+    """Make the view policy of a config that knows the size and the channels of its images.
+
+    Args:
+        config: What is asked for.
+        device: Where the views go; None leaves them where the images are.
+    """
     channels, size = config.image_shape
     given = dataclasses.asdict(config.views)
-    return policy(given.pop("policy"), image_size=size, channels=channels, seed=config.run.seed, **given)
+    views = policy(given.pop("policy"), image_size=size, channels=channels, seed=config.run.seed, **given)
+    views.destination = device
+    return views
 
 
 def build_model(config: Config, in_channels: int, image_size: int, fetch_weights: bool = True) -> ClusterNet:

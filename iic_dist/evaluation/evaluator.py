@@ -105,7 +105,7 @@ class Evaluator:
         selected = sub_heads.selected(head)
         sizes = torch.bincount(assigned.clusters[:, selected], minlength=k)
         # In whole units of 2^-24, float32's own near 1, so that the sum is the same whatever the number of ranks.
-        confidence = (assigned.confidence[:, selected].double() * 2**24).round().long().sum()
+        confidence = (assigned.confidence[:, selected] * 2**24).round().long().sum()
         pairs = metrics.pair_counts(assigned.clusters[:, list(independent)], k)
         for sums in (sizes, confidence, pairs):
             distributed.all_reduce_sum(sums)

@@ -135,7 +135,7 @@ def towards_prior(terms: Information, num_pairs: Tensor, prior: Tensor, entropy_
         prior: (K,), relative sizes above 0.
         entropy_weight: w.
     """
-    log_prior = (prior.double() / prior.double().mean()).log().to(terms.joint.dtype)
+    log_prior = (prior.double() / prior.double().mean()).log().to(terms.joint)
     push = (entropy_weight - 0.5) * (log_prior.unsqueeze(1) + log_prior)
     return terms._replace(
         loss=terms.loss - (terms.joint * push).sum((1, 2)), joint_grad=terms.joint_grad - push / num_pairs

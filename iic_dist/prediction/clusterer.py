@@ -18,7 +18,7 @@ from iic_dist.config.build import build_model, build_views
 from iic_dist.data.decode import decode_image, square
 from iic_dist.data.features import PREFIX
 from iic_dist.data.image_set import ImageSet, to_channels
-from iic_dist.device import choose_device
+from iic_dist.device import choose_device, exact_device
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import metrics
@@ -107,7 +107,7 @@ class Clusterer:
         else:
             self.channels, self.image_size = config.image_shape
             self.resampling = config.data.resampling or "bilinear"
-            self.views = build_views(config)
+            self.views = build_views(config, device)
             in_channels = self.views.channels(self.channels)
             self.model = build_model(config, in_channels, self.views.size, fetch_weights=False)
             load_network(self.model, state["model"], config.clustering_heads)
@@ -139,8 +139,8 @@ class Clusterer:
         Args:
             batch: (B, C, S, S) uint8.
         """
-        images = batch.to(self.device)
-        views = self.views.evaluation(images, torch.arange(len(images), device=self.device), dtype=self.dtype)
+        images = batch.to(exact_device(self.device))
+        views = self.views.evaluation(images, torch.arange(len(images), device=images.device), dtype=self.dtype)
         return self._of_features(self.model.backbone(views))
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ from iic_dist.data.folder import class_names_of, find_images, kept_under, labels
 from iic_dist.data.image_set import ImageSet
 from iic_dist.data.listing import Listing, printable
 from iic_dist.data.source import place_images
+from iic_dist.device import exact_device
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.files import sync_folder
@@ -89,7 +90,7 @@ def frozen_embedder(config: Config, device: torch.device) -> Embedder:
     (EfficientNet-lite0: 14 ms of one core an image instead of 20).
     """
     channels, _ = config.image_shape
-    views = build_views(config)
+    views = build_views(config, device)
     backbone = build_backbone(
         config.model.backbone,
         in_channels=views.channels(channels),
@@ -116,7 +117,7 @@ def _of_named_set(config: Config, place: Place, device: torch.device) -> RunFeat
     embed = frozen_embedder(config, device)
 
     def features_of(loaded: ImageSet) -> FeatureSet:
-        source = place_images(loaded.images, device, config.data.device_budget_gib)
+        source = place_images(loaded.images, exact_device(device), config.data.device_budget_gib)
         made = extract_images(embed, source, progress=config.monitor.progress and place.is_main).to(_kept_as(config))
         channels, height, width = loaded.images.shape[1:]
         return FeatureSet(loaded.name, made, loaded.labels, loaded.class_names, image_shape=(channels, height, width))

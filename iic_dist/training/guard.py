@@ -37,7 +37,7 @@ class Verdicts:
     def post(self, flags: Tensor) -> None:
         """Send off the flags (skipped, stop) of a step: floats, (2,), above 0 where any rank raised them."""
         event = torch.cuda.Event() if self._on_cuda else None
-        self._coming.append((flags.to("cpu", non_blocking=True), event))
+        self._coming.append((flags.to("cpu", non_blocking=self._on_cuda), event))
         if event is not None:
             event.record()
 

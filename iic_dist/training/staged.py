@@ -17,6 +17,7 @@ from iic_dist import distributed
 from iic_dist.config import Config
 from iic_dist.data.features import FeatureSet
 from iic_dist.data.image_set import ImageSet
+from iic_dist.device import exact_device
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import metrics
@@ -193,8 +194,8 @@ class StagedRun(abc.ABC):
 
     def _lap(self) -> None:
         """Add the time since the last lap to the seconds of training."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # so that the seconds are those of the work
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)  # so that the seconds are those of the work
         now = time.perf_counter()
         self.train_seconds += now - self._lap_started
         self._lap_started = now
@@ -230,7 +231,7 @@ class StagedRun(abc.ABC):
             stage.run(after_each)
             heads, self.sub_heads = stage.finish()
             self._neighbour_state, self.restarts, self.stage_done = None, {}, True
-            adopt_heads(self.model, heads)
+            adopt_heads(self.model, {name: head.to(self.device) for name, head in heads.items()})
             self._lap()
             share = self._kmeans(stage)
             self.stage_figures["neighbours"] = {} if share is None else {"kmeans_accuracy": share}
@@ -242,7 +243,7 @@ class StagedRun(abc.ABC):
 
     def _open_neighbours(self) -> NeighbourStage:
         """Find the neighbours of all that is trained on, and go on from what was saved."""
-        stage = NeighbourStage(self.config, self.features(), self.device, lambda images: self._heed())
+        stage = NeighbourStage(self.config, self.features(), exact_device(self.device), lambda images: self._heed())
         self.neighbours = stage.neighbours
         if self._neighbour_state is not None:
             stage.load_state_dict(self._neighbour_state)
@@ -380,6 +381,6 @@ class StagedRun(abc.ABC):
 
     def load_record(self, state: Mapping[str, Any]) -> None:
         """Take the record of new heads that are in the network already."""
-        self.sub_heads = SubHeadRecord(self.model.shapes, {}, self.device, torch.float64)
+        self.sub_heads = SubHeadRecord(self.model.shapes, {}, exact_device(self.device), torch.float64)
         self.sub_heads.load_state_dict(state["sub_heads"])
         self.restarts = {}

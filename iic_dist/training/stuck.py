@@ -88,8 +88,7 @@ class StuckSubHeads:
                     tensor[to] = tensor[source]
         weight = head.linear.weight[to]
         view = _FIRST_VIEW + (list(self.heads).index(name) << 16) + sub_head
-        places = torch.arange(weight.numel(), device=weight.device)
-        noise = uniforms(self.seed, epoch, places, view, 1).view_as(weight).to(weight.dtype) - 0.5
+        noise = uniforms(self.seed, epoch, torch.arange(weight.numel()), view, 1).view_as(weight).to(weight) - 0.5
         weight += noise * (math.sqrt(12) * NOISE * weight.square().mean().sqrt())  # 1 / sqrt(12): deviation of uniforms
         self.passes[name][sub_head] = 0
         self.restarts[name][sub_head] += 1

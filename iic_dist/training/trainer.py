@@ -15,6 +15,7 @@ from iic_dist.config import Config
 from iic_dist.config.build import RunData, build_model, build_views
 from iic_dist.config.complete import complete
 from iic_dist.data.source import ImageSource, place_images
+from iic_dist.device import exact_device
 from iic_dist.distributed import Place
 from iic_dist.evaluation import inference
 from iic_dist.evaluation.evaluator import Evaluation, Evaluator
@@ -53,7 +54,7 @@ class Trainer(StagedRun):
     def __init__(self, config: Config, data: RunData, place: Place, device: torch.device) -> None:
         super().__init__(complete(config, data.train), data.train, data.evaluation, place, device)
         self.data = data
-        self.views = build_views(self.config)
+        self.views = build_views(self.config, device)
         self.images = self._put_images()
         self.inputs = Inputs(self.config, self.views, self.images)
         self.course = stages.representation(self.config, place, len(data.train.images), len(self.images))
@@ -86,14 +87,14 @@ class Trainer(StagedRun):
         images = self.data.train.images
         if self.data.unlabelled is not None:
             images = torch.cat([images, self.data.unlabelled.images])
-        return place_images(images, self.device, self.config.data.device_budget_gib)
+        return place_images(images, exact_device(self.device), self.config.data.device_budget_gib)
 
     def _build_evaluator(self) -> Evaluator:
         data, budget = self.data, self.config.data.device_budget_gib
         same = data.evaluation is data.train and data.unlabelled is None
         return Evaluator(
             data.evaluation,
-            self.images if same else place_images(data.evaluation.images, self.device, budget),
+            self.images if same else place_images(data.evaluation.images, exact_device(self.device), budget),
             self.views,
             batch_size=self.config.train.evaluate_batch_size,
             dtype=self.config.dtype,

@@ -32,6 +32,9 @@ class Views:
         repeats: second views of each image.
         seed: seed of the run.
         impl: auto makes them by the native op where it is built, but for float64; fused insists; torch is PyTorch.
+
+    Attributes:
+        destination: Where views are taken after they are made; None leaves them where the images are.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Views:
         if len(set(shapes)) > 1:
             raise UsageError(f"First, second and evaluation view must agree in (size, sobel, mean, std), not {shapes}.")
         self.first, self.second, self.repeats, self.seed, self.impl = first, second, repeats, seed, impl
+        self.destination: torch.device | None = None
         self._centred = evaluation.centred()
         # Views of one distribution are made in one go: (spec, number of its first view, how many).
         same = first == second
@@ -93,7 +97,7 @@ class Views:
         # (1 + repeats, B, 21)
         numbers = uniforms(self.seed, epoch, indices, views.unsqueeze(1), NUM_UNIFORMS)
         groups = [(spec, numbers[start : start + count]) for spec, start, count in self._groups]
-        return self._make(images, rows, groups, dtype, channels_last)
+        return self._made(images, rows, groups, dtype, channels_last)
 
     @torch.no_grad()
     def evaluation(
@@ -108,7 +112,18 @@ class Views:
             (B, C', size, size).
         """
         numbers = torch.zeros(1, len(rows), NUM_UNIFORMS, device=images.device)
-        return self._make(images, rows, [(self._centred, numbers)], dtype, channels_last)
+        return self._made(images, rows, [(self._centred, numbers)], dtype, channels_last)
+
+    def _made(
+        self,
+        images: Tensor,
+        rows: Tensor,
+        groups: Sequence[tuple[ViewSpec, Tensor]],
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> Tensor:
+        views = self._make(images, rows, groups, dtype, channels_last)
+        return views if self.destination is None else views.to(self.destination)
 
     def _make(
         self,
