@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,3 +30,13 @@ def test_a_wrong_loss_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: py
         doctor.main()
     assert ended.value.code not in (0, None)
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_run_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["doctor", "--run", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        doctor.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: not a run, there is no {tmp_path}/config.yaml\n"
