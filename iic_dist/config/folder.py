@@ -17,6 +17,16 @@ DEFAULT = "timm/vit_small_patch14_dinov2.lvd142m"
 """The backbone whose features photographs get; its weights were made without labels."""
 
 NEIGHBOURS, STEPS = "neighbours.steps", 1000
+
+CHOICES = frozenset(
+    (
+        *("data.image_size", "data.batch_size", "views.policy", "model.backbone", "model.pretrained"),
+        *("model.freeze_backbone", "model.num_overclusters", "model.projection_dim", "loss.entropy_weight", "optim.lr"),
+        *("optim.schedule", "train.epochs", "train.evaluate_batch_size", NEIGHBOURS),
+    )
+)
+"""All settings that may be chosen for some folder or features."""
+
 _PHOTOGRAPH_SIDE = 64
 _LARGEST_SIDE = 96
 _SMALL_SIDE = 32

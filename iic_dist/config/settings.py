@@ -33,6 +33,7 @@ class RunConfig:
         device: Where to compute; auto takes CUDA if there is a GPU.
         threads: CPU threads of one rank. Default: under torchrun the machine's cores shared among its ranks.
         resume: auto continues from the newest checkpoint of a run of this name; never refuses to touch one.
+        new_images: Go on although the images are others than those that the run was trained on.
         timeout_minutes: A collective that waits longer than this ends the run with an error.
     """
 
@@ -42,6 +43,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     resume: Literal["auto", "never"] = "auto"
+    new_images: bool = False
     timeout_minutes: float = _above_0(10.0)
 
 
