@@ -10,9 +10,10 @@ import torch
 
 from iic_dist import distributed
 from iic_dist.config import Config
+from iic_dist.config.build import RunData
 from iic_dist.config.command_line import parse
 from iic_dist.config.console import errors_in_one_line, log_to_console, say
-from iic_dist.config.folder import CHOICES, choose
+from iic_dist.config.folder import CHOICES, choose, with_batch_that_fits
 from iic_dist.config.same import check_same
 from iic_dist.config.weights import with_weights
 from iic_dist.data.image_set import ImageSet
@@ -74,16 +75,22 @@ def train(config: Config, place: Place, stop: StopSignals, chosen: Set[str] = fr
     check_same(config, chosen)
     config, chosen = distributed.broadcast((config, frozenset(chosen)))
     with claimed(config, place) as folder:
-        _train_in(folder, as_begun(config, folder.before, chosen, partial(say, place)), place, device, stop)
+        config = as_begun(config, folder.before, chosen, partial(say, place))
+        _train_in(folder, config, chosen if folder.before is None else frozenset(), place, device, stop)
 
 
-def _train_in(folder: RunFolder, config: Config, place: Place, device: torch.device, stop: StopSignals) -> None:
+def _train_in(
+    folder: RunFolder, config: Config, chosen: Set[str], place: Place, device: torch.device, stop: StopSignals
+) -> None:
+    """Train in a folder that this process owns; `chosen` may still change."""
     path = folder.path
     refuse_changes(folder, config, COMPLETED)
     config = with_weights(config, place, partial(say, place))
     losses = choose_losses(config, device)
     state = resume.load(path)
     data = load_what_is_trained_on(config, place, device)
+    if "data.batch_size" in chosen and isinstance(data, RunData):
+        config = with_batch_that_fits(config, len(data.train.images), place.world_size, partial(say, place))
     seen, others = check_images(path, state, data, config.run.new_images)
     trainer = build_trainer(config, data, place, device)
     trainer.images_seen = seen
@@ -117,9 +124,11 @@ def read(arguments: list[str] | None, place: Place) -> tuple[Config, set[str]]:
     """
     chosen: set[str] = set()
 
-    def choosing(config: Config, asked: frozenset[str]) -> dict[str, Any]:
+    def choosing(config: Config, asked: frozenset[str]) -> dict[str, Any] | None:
         chosen.update(CHOICES - asked)
-        return choose(config, asked, say=partial(say, place), main=place.is_main)
+        if not place.is_main:  # its choices count for all, and to look takes long
+            return None
+        return choose(config, asked, say=partial(say, place), world_size=place.world_size)
 
     return parse(arguments, choosing), chosen
 
