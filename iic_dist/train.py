@@ -79,24 +79,31 @@ def train(config: Config, place: Place, stop: StopSignals, chosen: Set[str] = fr
         _train_in(folder, config, chosen if folder.before is None else frozenset(), place, device, stop)
 
 
-def _train_in(
-    folder: RunFolder, config: Config, chosen: Set[str], place: Place, device: torch.device, stop: StopSignals
-) -> None:
-    """Train in a folder that this process owns; `chosen` may still change."""
-    path = folder.path
-    refuse_changes(folder, config, COMPLETED)
-    config = with_weights(config, place, partial(say, place))
-    losses = choose_losses(config, device)
-    state = resume.load(path)
+def _open(
+    folder: RunFolder, config: Config, chosen: Set[str], place: Place, device: torch.device
+) -> Trainer | FeatureTrainer:
+    """Make what trains in a folder that this process owns, and go on from what it holds; `chosen` may still change."""
+    state = resume.load(folder.path)
     data = load_what_is_trained_on(config, place, device)
     if "data.batch_size" in chosen and isinstance(data, RunData):
         config = with_batch_that_fits(config, len(data.train.images), place.world_size, partial(say, place))
-    seen, others = check_images(path, state, data, config.run.new_images)
+    seen, others = check_images(folder.path, state, data, config.run.new_images)
     trainer = build_trainer(config, data, place, device)
     trainer.images_seen = seen
     open_folder(folder, trainer, state, place)
     if others:
         trainer.take_new_images()
+    return trainer
+
+
+def _train_in(
+    folder: RunFolder, config: Config, chosen: Set[str], place: Place, device: torch.device, stop: StopSignals
+) -> None:
+    path = folder.path
+    refuse_changes(folder, config, COMPLETED)
+    config = with_weights(config, place, partial(say, place))
+    losses = choose_losses(config, device)
+    trainer = _open(folder, config, chosen, place, device)
     threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""
     say(place, f"{path}: {place.world_size} rank(s) on {device.type}{threads}; losses: {losses}")
     result = trainer.train(path, stop)
