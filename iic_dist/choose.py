@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from iic_dist.config.console import errors_in_one_line, log_to_console, run_option, say
@@ -10,9 +11,12 @@ from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import charts
 from iic_dist.evaluation.health import Health, Recommendation, recommend
+from iic_dist.files import whole
 from iic_dist.training.evaluate import evaluate_run
 
 PICTURE = "choices.png"
+
+_log = logging.getLogger(__name__)
 
 
 def _options() -> argparse.Namespace:
@@ -54,6 +58,17 @@ def table(recommendation: Recommendation) -> str:
     return "\n".join([*lines, f"K = {recommendation.chosen.num_clusters} is recommended: {recommendation.reason}"])
 
 
+def draw(recommendation: Recommendation, path: Path) -> None:
+    """Write the picture, if it can be written: the table was what was asked for."""
+    try:
+        with whole(path) as part:
+            charts.choices(recommendation).savefig(part)
+    except OSError as error:
+        _log.warning("no picture: %s cannot be written (%s)", path, error.strerror)
+    else:
+        print(f"picture: {path}", flush=True)
+
+
 def main() -> None:
     """Choose, print and draw."""
     log_to_console()
@@ -62,8 +77,7 @@ def main() -> None:
         recommendation = choose(options.run, place)
         say(place, table(recommendation))
         if place.is_main:
-            charts.choices(recommendation).savefig(options.run / PICTURE)
-        say(place, f"picture: {options.run / PICTURE}")
+            draw(recommendation, options.run / PICTURE)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from iic_dist.config.console import errors_in_one_line, log_to_console, run_option
 from iic_dist.distributed import Place
-from iic_dist.errors import UsageError
 from iic_dist.prediction import clusterer
 from iic_dist.prediction.export import FORMATS
+from iic_dist.prediction.outputs import check_file
 
 
 def _options() -> argparse.Namespace:
@@ -36,8 +36,7 @@ def main() -> None:
     path = options.output or options.run / f"model.{options.format}"
     with errors_in_one_line(Place(), system_error=2):
         run = clusterer.load(options.run, "cpu")
-        if not path.absolute().parent.is_dir():
-            raise UsageError(f"--output {path}: there is no folder {path.parent}")
+        check_file("--output", path)
         FORMATS[options.format](run, path)
         about = f"images: {run.channels} x {run.image_size} x {run.image_size} uint8; {run.num_clusters} clusters"
         print(f"written: {path} ({about})", flush=True)

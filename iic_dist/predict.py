@@ -15,6 +15,7 @@ from iic_dist.config.console import errors_in_one_line, log_to_console, run_opti
 from iic_dist.device import NAMES, use_threads
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.files import write_whole
 from iic_dist.prediction import clusterer, gallery, outputs
 from iic_dist.prediction.folder import FolderPrediction, predict_folder, predict_rows
 from iic_dist.prediction.names import folder_names, read_names
@@ -69,7 +70,7 @@ def _options() -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Find what could not be written before the images are clustered, not after."""
+    """Find what does not fit together."""
     if not any((options.output, options.link_to, options.embeddings, options.gallery)):
         raise UsageError("nothing to do: ask for --output, --link-to, --embeddings or --gallery")
     if options.copy and not options.link_to:
@@ -78,16 +79,31 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--names {options.names}: names for --output, --link-to or --gallery; none is asked for")
     if options.output:
         outputs.check_table(options.output)
-    if options.link_to:
-        outputs.check_link_folder(options.link_to, options.images)
     for option, path, ending in (
         ("--embeddings", options.embeddings, ".npy"),
         ("--gallery", options.gallery, ".html"),
     ):
         if path and path.suffix != ending:
             raise UsageError(f"{option} {path}: its name must end in {ending}")
-        if path:
-            outputs.check_parent(option, path)
+
+
+def _check_files(options: argparse.Namespace) -> str | None:
+    """Say what could not be written, before the images are clustered and not after; None where all can be."""
+    beside = options.output and outputs.unreadable_beside(options.output)
+    try:
+        for option, path in (
+            ("--output", options.output),
+            ("--output", beside),
+            ("--embeddings", options.embeddings),
+            ("--gallery", options.gallery),
+        ):
+            if path:
+                outputs.check_file(option, path)
+        if options.link_to:
+            outputs.check_link_folder(options.link_to, options.images)
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def _refuse_pictures(options: argparse.Namespace) -> None:
@@ -109,6 +125,8 @@ def predict(options: argparse.Namespace, place: Place) -> None:
     names = read_names(options.names, run.num_clusters) if options.names else None
     use_threads(run.config.run.threads, place)
     distributed.start(place, run.device, run.config.run.start_timeout_minutes)
+    if problem := distributed.broadcast(_check_files(options) if place.is_main else None):
+        raise UsageError(problem)
     if run.takes_features:
         _refuse_pictures(options)
         found = predict_rows(run, options.images)
@@ -136,8 +154,9 @@ def _write(
         outputs.write_table(options.output, table)
         written.append(options.output)
     if options.output and found.unreadable:
-        unreadable = options.output.with_name(options.output.name + ".unreadable.txt")
-        unreadable.write_text("".join(f"{path}\t{reason}\n" for path, reason in found.unreadable), encoding="utf-8")
+        unreadable = outputs.unreadable_beside(options.output)
+        lines = "".join(f"{path}\t{reason}\n" for path, reason in found.unreadable)
+        write_whole(unreadable, lines.encode())
         written.append(unreadable)
     if options.embeddings:
         outputs.write_embeddings(options.embeddings, prediction.embeddings)

@@ -10,9 +10,10 @@ import torch
 
 from iic_dist import distributed
 from iic_dist.config import Config
+from iic_dist.config.build import RunData
 from iic_dist.config.command_line import parse
 from iic_dist.config.console import errors_in_one_line, log_to_console, say
-from iic_dist.config.folder import choose
+from iic_dist.config.folder import CHOICES, choose, with_batch_that_fits
 from iic_dist.config.same import check_same
 from iic_dist.config.weights import with_weights
 from iic_dist.data.image_set import ImageSet
@@ -21,11 +22,12 @@ from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import metrics
 from iic_dist.ops import iic, nt_xent
-from iic_dist.training import report
+from iic_dist.training import report, resume
 from iic_dist.training.feature_trainer import FeatureTrainer
-from iic_dist.training.open import open_trainer
-from iic_dist.training.run_folder import open_folder
+from iic_dist.training.open import build_trainer, load_what_is_trained_on
+from iic_dist.training.run_folder import COMPLETED, RunFolder, as_begun, claimed, open_folder, refuse_changes
 from iic_dist.training.stop import StopSignals
+from iic_dist.training.trained_images import check_images
 from iic_dist.training.trainer import Trainer
 
 
@@ -61,7 +63,7 @@ def train(config: Config, place: Place, stop: StopSignals, chosen: Set[str] = fr
         config: What this rank was asked for; rank 0's counts.
         place: This rank.
         stop: Signals to heed.
-        chosen: Names "group.field" that were chosen from the images, where ranks may have seen other ones.
+        chosen: Names "group.field" that were chosen from the images, or would be; rank 0's count.
 
     Raises:
         UsageError: something cannot be had or does not fit, or the ranks were asked for different things.
@@ -72,20 +74,71 @@ def train(config: Config, place: Place, stop: StopSignals, chosen: Set[str] = fr
     use_threads(config.run.threads, place)
     distributed.start(place, device, config.run.start_timeout_minutes)
     check_same(config, chosen)
-    config = with_weights(distributed.broadcast(config), place, partial(say, place))
+    config, chosen = distributed.broadcast((config, frozenset(chosen)))
+    with claimed(config, place) as folder:
+        config = as_begun(config, folder.before, chosen, partial(say, place))
+        _train_in(folder, config, chosen if folder.before is None else frozenset(), place, device, stop)
+
+
+def _open(
+    folder: RunFolder, config: Config, chosen: Set[str], place: Place, device: torch.device
+) -> Trainer | FeatureTrainer:
+    """Make what trains in a folder that this process owns, and go on from what it holds; `chosen` may still change."""
+    state = resume.load(folder.path)
+    data = load_what_is_trained_on(config, place, device)
+    if "data.batch_size" in chosen and isinstance(data, RunData):
+        config = with_batch_that_fits(config, len(data.train.images), place.world_size, partial(say, place))
+    seen, others = check_images(folder.path, state, data, config.run.new_images)
+    trainer = build_trainer(config, data, place, device)
+    trainer.images_seen = seen
+    open_folder(folder, trainer, state, place)
+    if others:
+        trainer.take_new_images()
+    return trainer
+
+
+def _train_in(
+    folder: RunFolder, config: Config, chosen: Set[str], place: Place, device: torch.device, stop: StopSignals
+) -> None:
+    path = folder.path
+    refuse_changes(folder, config, COMPLETED)
+    config = with_weights(config, place, partial(say, place))
     losses = choose_losses(config, device)
-    trainer = open_trainer(config, place, device)
-    folder = open_folder(config, trainer, place)
+    trainer = _open(folder, config, chosen, place, device)
     threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""
-    say(place, f"{folder}: {place.world_size} rank(s) on {device.type}{threads}; losses: {losses}")
-    result = trainer.train(folder, stop)
+    say(place, f"{path}: {place.world_size} rank(s) on {device.type}{threads}; losses: {losses}")
+    result = trainer.train(path, stop)
     if result is None:
         say(place, f"stopped and saved after step {trainer.step}: the same command goes on from there")
         return
     say(place, f"\n{report.summary(result)}")
     if config.monitor.kmeans and place.is_main:
         compare_with_kmeans(trainer, result["num_clusters"])
-    say(place, f"run: {folder}    look at it: tensorboard --logdir {folder.parent}")
+    say(place, f"run: {path}    look at it: tensorboard --logdir {path.parent}")
+
+
+def read(arguments: list[str] | None, place: Place) -> tuple[Config, set[str]]:
+    """Read a command line, and choose for its images what it leaves open.
+
+    Args:
+        arguments: Options; None takes the process's own.
+        place: This rank.
+
+    Returns:
+        What is asked for, and `chosen` of `train`.
+
+    Raises:
+        UsageError: it cannot be read, or does not fit together.
+    """
+    chosen: set[str] = set()
+
+    def choosing(config: Config, asked: frozenset[str]) -> dict[str, Any] | None:
+        chosen.update(CHOICES - asked)
+        if not place.is_main:  # its choices count for all, and to look takes long
+            return None
+        return choose(config, asked, say=partial(say, place), world_size=place.world_size)
+
+    return parse(arguments, choosing), chosen
 
 
 def main() -> None:
@@ -95,15 +148,9 @@ def main() -> None:
     """
     log_to_console()
     place = Place.from_environment()
-    chosen: set[str] = set()
-
-    def choosing(config: Config, asked: frozenset[str]) -> dict[str, Any]:
-        found = choose(config, asked, say=partial(say, place), main=place.is_main)
-        chosen.update(found.keys() - asked)
-        return found
-
     with StopSignals() as stop, errors_in_one_line(place):
-        train(parse(choose=choosing), place, stop, chosen)
+        config, chosen = read(None, place)
+        train(config, place, stop, chosen)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def check(config: Config) -> None:
         for each in dataclasses.fields(values):
             _check_field(f"{group.name}.{each.name}", getattr(values, each.name), each)
     _require(0 <= config.run.seed < 2**63, "run.seed", config.run.seed, "from 0 to 2^63 - 1")
+    batch = config.data.batch_size
+    _require(batch >= 2, "data.batch_size", batch, "2 or more: one image alone has nothing to be told apart from")
     _check_heads(config)
     refine = config.refine
     if refine.epochs and not config.neighbours.steps:

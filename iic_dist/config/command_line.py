@@ -17,7 +17,7 @@ from iic_dist.config import Config
 from iic_dist.config.check import check, check_course
 from iic_dist.errors import UsageError
 
-Choose = Callable[[Config, frozenset[str]], dict[str, Any]]
+Choose = Callable[[Config, frozenset[str]], dict[str, Any] | None]
 
 PRESETS = Path(__file__).parent / "presets"
 _GROUPS = tuple(group.name for group in dataclasses.fields(Config))
@@ -132,7 +132,7 @@ def parse(arguments: list[str] | None = None, choose: Choose | None = None) -> C
         arguments: Options without the program's name; None takes the process's own.
         choose: Asked for settings where the images are a folder's, or features: gets the config so far and the names
             "group.field" of what an option or a named file sets, and returns values by such names. They take the place
-            of the defaults, and of the preset where none is named.
+            of the defaults, and of the preset where none is named. None: another rank chooses for this one.
 
     Raises:
         UsageError: an unknown option, a value of the wrong type, or values that do not fit together.
@@ -141,13 +141,16 @@ def parse(arguments: list[str] | None = None, choose: Choose | None = None) -> C
     named, options = _take_config(_with_lists(sys.argv[1:] if arguments is None else arguments))
     # --config comes first, so that the options win wherever they stand.
     preset = ["--config", _find("digits" if named is None else named)]
+    choices: dict[str, Any] | None = {}
     if choose is not None:
         first = _config(parser, preset + [option for option in options if not option.startswith("--print_config")])
         if first.data.name.startswith(("folder:", "features:")):
-            parser.set_defaults(choose(first, _asked(options, named)))
+            choices = choose(first, _asked(options, named))
+            parser.set_defaults(choices or {})
             preset = [] if named is None else preset
     config = _config(parser, preset + options)
-    check_course(config)
+    if choices is not None:
+        check_course(config)
     return config
 
 

@@ -44,10 +44,13 @@ def complete(config: Config, train: ImageSet | FeatureSet) -> Config:
     What it says of the images is enough to build the network and its input again without them.
 
     Raises:
-        UsageError: the number of clusters is not given and the images have no classes to count, or the images have
-            another size or other channels than the config says.
+        UsageError: there is one image alone; the number of clusters is not given and the images have no classes to
+            count; or the images have another size or other channels than the config says.
     """
     config = copy.deepcopy(config)
+    count = len(train) if isinstance(train, FeatureSet) else len(train.images)
+    if count < 2:
+        raise UsageError(f"{train.name} holds {count} image that can be read: there is nothing to cluster")
     if config.model.num_clusters is None:
         if train.num_classes < 2:
             raise UsageError(

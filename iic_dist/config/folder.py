@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from iic_dist.config import Config
 from iic_dist.config.weights import LARGEST_SIDE
+from iic_dist.data.folder import listing_under
 from iic_dist.data.survey import Survey, survey
 from iic_dist.models.pretrained import preprocessing, what_is_missing
 from iic_dist.models.timm_backbones import PREFIX
@@ -17,6 +19,16 @@ DEFAULT = "timm/vit_small_patch14_dinov2.lvd142m"
 """The backbone whose features photographs get; its weights were made without labels."""
 
 NEIGHBOURS, STEPS = "neighbours.steps", 1000
+
+CHOICES = frozenset(
+    (
+        *("data.image_size", "data.batch_size", "views.policy", "model.backbone", "model.pretrained"),
+        *("model.freeze_backbone", "model.num_overclusters", "model.projection_dim", "loss.entropy_weight", "optim.lr"),
+        *("optim.schedule", "train.epochs", "train.evaluate_batch_size", NEIGHBOURS),
+    )
+)
+"""All settings that may be chosen for some folder or features."""
+
 _PHOTOGRAPH_SIDE = 64
 _LARGEST_SIDE = 96
 _SMALL_SIDE = 32
@@ -32,26 +44,27 @@ class Choice:
 
 
 def settings(
-    found: Survey, image_size: int | None, channels: int | None, num_clusters: int | list[int] | None
+    found: Survey,
+    image_size: int | None,
+    channels: int | None,
+    num_clusters: int | list[int] | None,
+    world_size: int = 1,
 ) -> dict[str, Choice]:
     """Choose settings, "group.field" by name.
 
     Args:
         found: What the images are like.
         image_size, channels, num_clusters: What the user asked for, None where nothing.
+        world_size: Ranks that share a batch.
     """
     size = image_size or max(8, min(_LARGEST_SIDE, found.side))
     colour = found.colour if channels is None else channels == 3
     small = size <= _SMALL_SIDE and not colour
     backbone = "small_cnn" if small else "resnet18"
-    batch = 256
-    while batch > 16 and 8 * batch > found.num_images:
-        batch //= 2
-    while batch > max(1, found.num_images):
-        batch //= 2
+    count = found.num_readable
     seen = 120_000 if small else 1_000_000
     largest = max(num_clusters) if isinstance(num_clusters, list) else num_clusters or 10
-    epochs = min(_MOST_EPOCHS, max(_FEWEST[backbone], round(seen / found.num_images)))
+    epochs = min(_MOST_EPOCHS, max(_FEWEST[backbone], round(seen / count)))
     kind = "in colour" if colour else "gray"
     policy = (
         Choice("simclr", "in colour: crops, mirror images, changes of colour")
@@ -60,7 +73,10 @@ def settings(
     )
     return {
         "data.image_size": Choice(size, f"the median shorter side, from 8 to {_LARGEST_SIDE}"),
-        "data.batch_size": Choice(batch, "256, or less so that an epoch has eight steps, but not below 16"),
+        "data.batch_size": Choice(
+            batch_size(count, world_size),
+            "256 or less, so that an epoch has eight steps, but 16 or more; each rank gets a power of two",
+        ),
         "views.policy": policy,
         "model.backbone": Choice(
             backbone, f"{kind} and {'up to' if size <= _SMALL_SIDE else 'above'} {_SMALL_SIDE} px"
@@ -75,6 +91,35 @@ def settings(
         ),
         "train.evaluate_batch_size": Choice(256, "little memory"),
     }
+
+
+def batch_size(num_images: int, world_size: int) -> int:
+    """Choose the images of a step for so many images and ranks: the ranks times a power of two.
+
+    Not above 256 nor the images, except that each rank gets one, and one alone two; from 16 on so that an epoch has
+    eight steps.
+    """
+    batch = max(2, world_size)
+    while 2 * batch <= min(256, max(16, num_images // 8), num_images):
+        batch *= 2
+    return batch
+
+
+def with_batch_that_fits(config: Config, num_images: int, world_size: int, say: Callable[[str], None]) -> Config:
+    """Return a config whose batch, which was chosen before the images were read, is not more than could be read.
+
+    Args:
+        config: With the choice.
+        num_images: Images that could be read.
+        world_size: Ranks that share a batch.
+        say: Prints a line.
+    """
+    if config.data.batch_size <= num_images or num_images < 2:
+        return config
+    config = copy.deepcopy(config)
+    config.data.batch_size = batch_size(num_images, world_size)
+    say(f"--data.batch_size {config.data.batch_size}, because no more than {num_images} of the images can be read")
+    return config
 
 
 def frozen_settings(backbone: str) -> dict[str, Choice]:
@@ -92,7 +137,7 @@ def frozen_settings(backbone: str) -> dict[str, Choice]:
 
 
 def choose(
-    config: Config, asked: frozenset[str] = frozenset(), *, say: Callable[[str], None], main: bool = True
+    config: Config, asked: frozenset[str] = frozenset(), *, say: Callable[[str], None], world_size: int = 1
 ) -> dict[str, Any]:
     """Choose settings for the folder or the features that `config.data.name` names, and say what and why.
 
@@ -103,7 +148,7 @@ def choose(
         config: What is asked for so far.
         asked: Names of what options or a named file set.
         say: Prints a line.
-        main: Whether to ask for weights over the network. One process of a run does: its config counts for all.
+        world_size: Ranks of the run.
 
     Returns:
         Values by "group.field"; none where the folder has no image that can be read.
@@ -111,19 +156,21 @@ def choose(
     data, model = config.data, config.model
     if data.name.startswith("features:"):
         return {"train.epochs": 0, NEIGHBOURS: STEPS}
-    found = survey(Path(data.name.removeprefix("folder:")).expanduser())
+    root = Path(data.name.removeprefix("folder:")).expanduser()
+    found = survey(root, listing_under(Path(data.cache or f"{data.root}/decoded"), root), data.relist)
     if found is None:
         return {}
     backbone = _pretrained_backbone(config, found, asked)
     choices = {} if backbone is None else frozen_settings(backbone)
     missing = None
-    if backbone == DEFAULT and not asked & {"model.backbone", "model.pretrained", "model.weights"} and main:
+    if backbone == DEFAULT and not asked & {"model.backbone", "model.pretrained", "model.weights"}:
         missing = what_is_missing(DEFAULT)
     if missing is not None or not choices:
-        choices = settings(found, data.image_size, data.channels, model.num_clusters)
+        choices = settings(found, data.image_size, data.channels, model.num_clusters, world_size)
     say(
         f"{data.name}: {found.num_images} images, {'in colour' if found.colour else 'gray'}, {found.side} px at the "
-        f"median shorter side ({found.num_read} looked at). Chosen for them, unless an option or a file says otherwise:"
+        f"median shorter side ({found.num_read} of {found.num_looked_at} that were looked at can be read). Chosen for "
+        "them, unless an option or a file says otherwise:"
     )
     for name, choice in choices.items():
         say(f"  --{name} {choice.value} ".ljust(40) + choice.reason)

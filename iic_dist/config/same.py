@@ -9,6 +9,8 @@ from iic_dist import distributed
 from iic_dist.config import Config
 from iic_dist.errors import UsageError
 
+_CHOSEN = "what the images ask for"
+
 
 def check_same(config: Config, chosen: Set[str] = frozenset()) -> None:
     """Compare the settings of all ranks.
@@ -18,7 +20,7 @@ def check_same(config: Config, chosen: Set[str] = frozenset()) -> None:
 
     Args:
         config: Of this rank.
-        chosen: Names "group.field" that any rank may have chosen otherwise, because files came or went between looks.
+        chosen: Names "group.field" that nobody has asked for and that the images decide, as rank 0 sees them.
 
     Raises:
         UsageError: a setting differs; on every rank, with its name and both values.
@@ -26,14 +28,13 @@ def check_same(config: Config, chosen: Set[str] = frozenset()) -> None:
     Collective: all ranks must call; gathers the settings.
     """
     own = {
-        f"{group}.{name}": value
+        f"{group}.{name}": _CHOSEN if f"{group}.{name}" in chosen else value
         for group, fields in dataclasses.asdict(config).items()
         for name, value in fields.items()
-        if f"{group}.{name}" not in chosen
     }
     everywhere = distributed.gather_objects(own)
     for rank, theirs in enumerate(everywhere):
-        for name in everywhere[0].keys() & theirs.keys():
+        for name in everywhere[0]:
             if theirs[name] != everywhere[0][name]:
                 raise UsageError(
                     f"rank {rank} was started with {name}={theirs[name]!r}, rank 0 with {everywhere[0][name]!r}: "

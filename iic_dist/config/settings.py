@@ -33,6 +33,7 @@ class RunConfig:
         device: Where to compute; auto takes CUDA, else MPS (a Mac's GPU, for one process), else the CPU.
         threads: CPU threads of one rank. Default: under torchrun the machine's cores shared among its ranks.
         resume: auto continues from the newest checkpoint of a run of this name; never refuses to touch one.
+        new_images: Go on although the images are others than those that the run was trained on.
         timeout_minutes: A collective that waits longer than this, after the first step, ends the run with an error.
         start_timeout_minutes: The same until the first step is done: images are decoded, features extracted and the
             network compiled till then, and ranks may wait for the slowest.
@@ -44,6 +45,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int | None = None
     resume: Literal["auto", "never"] = "auto"
+    new_images: bool = False
     timeout_minutes: float = _above_0(10.0)
     start_timeout_minutes: float = _above_0(60.0)
 

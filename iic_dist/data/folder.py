@@ -171,6 +171,11 @@ def labels_of(paths: list[str], classes: list[str]) -> Tensor:
     return torch.tensor([number[path.split("/")[0]] if "/" in path else -1 for path in paths])
 
 
+def listing_under(cache: Path, root: Path) -> Path:
+    """Return the file in which the listing of a folder is kept."""
+    return Path(f"{kept_under(cache, root)}.listing")
+
+
 def kept_under(cache: Path, root: Path) -> str:
     """Return what the names of files start with that are kept of a folder: named after it and its place."""
     place = os.path.realpath(root)

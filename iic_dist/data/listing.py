@@ -46,12 +46,12 @@ def list_or_recall(root: Path, follow_links: bool, kept: Path | None, relist: bo
         root, follow_links: As of `list_images`.
         kept: File where the listing is kept, if that can be written; None: nowhere.
         relist: Look at the files. False: take what is kept, without asking whether it still holds; where nothing is
-            kept, or under other settings, or it is damaged, look at the files.
+            kept, or under other settings, or it is damaged, look at the files, and keep what is found.
     """
     if kept is not None and not relist and (recalled := _recall(kept, follow_links)):
         return recalled
     listing = list_images(root, follow_links)
-    if kept is not None and relist:
+    if kept is not None:
         text = json.dumps(asdict(listing) | {"follow_links": follow_links})
         with contextlib.suppress(OSError):  # decoded images cannot be kept there either, and that is said
             kept.parent.mkdir(parents=True, exist_ok=True)

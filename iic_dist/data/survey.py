@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iic_dist.data.decode import MAX_PIXELS, decode_image, header_size
-from iic_dist.data.listing import list_images
+from iic_dist.data.listing import list_or_recall
 
 _HEADERS = 256  # files whose size is read
 
@@ -21,8 +21,8 @@ class Survey:
     """What a look at a folder found.
 
     Attributes:
-        num_images: Files that are images by their names.
-        num_read: Files whose header was read, spread evenly over all.
+        num_images: Files that are images by their names; see `num_readable`.
+        num_read: Those whose header could be read, of up to 256 that are spread evenly over all.
         side: Median of their shorter sides, pixels.
         colour: Whether any of a smaller sample has a colour.
     """
@@ -32,18 +32,30 @@ class Survey:
     side: int
     colour: bool
 
+    @property
+    def num_looked_at(self) -> int:
+        """Files whose header was to be read."""
+        return min(self.num_images, _HEADERS)
 
-def survey(root: Path) -> Survey | None:
+    @property
+    def num_readable(self) -> int:
+        """Images that can be read: exact for a small folder, in a large one as many as the sample promises."""
+        return max(1, self.num_images * self.num_read // self.num_looked_at)
+
+
+def survey(root: Path, kept: Path | None = None, relist: bool = True) -> Survey | None:
     """Look at a folder: the sizes of some hundred images from their headers, the colours of some that are decoded.
 
-    Which files are looked at follows from the folder alone, so all ranks see the same.
+    Args:
+        root: The folder.
+        kept, relist: As of `list_or_recall`.
 
     Returns:
         None where there is no image that can be read; loading the folder says why.
     """
     if not root.is_dir():
         return None
-    paths = list_images(root, follow_links=False).paths
+    paths = list_or_recall(root, False, kept, relist).paths
     sides = [side for path in _spread(paths, _HEADERS) if (side := _shorter_side(root / path))]
     if not sides:
         return None

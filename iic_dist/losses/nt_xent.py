@@ -106,10 +106,10 @@ def nt_xent_loss(
             costs a round trip on the host.
 
     Returns:
-        (), in at least float32; ln(2G - 1) where all embeddings are the same.
+        (), in at least float32; ln(2G - 1) where all embeddings are the same, and so 0 for a single image.
 
     Raises:
-        ValueError: shapes, dtypes or temperature do not fit, or the global batch has a single image.
+        ValueError: shapes, dtypes or temperature do not fit.
 
     Collective: all ranks must call; gathers 2G x D values and 2G x 2 floats. None in the backward pass.
     Source: Chen et al., ICML 2020, equation 1.
@@ -138,8 +138,8 @@ def start_nt_xent_loss(
     ops = nt_xent.implementation(impl, embeddings_a.device)
     _check_embeddings(embeddings_a, embeddings_b, temperature)
     sizes = list(shard_sizes or distributed.gather_sizes(embeddings_a.shape[0], group))
-    if sum(sizes) < 2:
-        raise ValueError("a global batch of 1 image has no negatives: give at least 2 images over all ranks")
+    if sum(sizes) == 1:
+        return lambda: _nothing_to_tell_apart(embeddings_a, embeddings_b)
     rows = [2 * size for size in sizes]
     with torch.no_grad():
         own = torch.cat([embeddings_a, embeddings_b])
@@ -154,6 +154,12 @@ def start_nt_xent_loss(
         return loss
 
     return finish
+
+
+def _nothing_to_tell_apart(embeddings_a: Tensor, embeddings_b: Tensor) -> Tensor:
+    """Return ln 1 = 0 for the one pair of a batch, with a gradient of 0; what is not finite stays so."""
+    both = torch.cat([embeddings_a, embeddings_b])
+    return (both.to(torch.promote_types(both.dtype, torch.float32)) * 0).sum()
 
 
 def _check_embeddings(embeddings_a: Tensor, embeddings_b: Tensor, temperature: float) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from iic_dist.errors import UsageError
+from iic_dist.files import whole, write_whole
 from iic_dist.models import SubHeads
 from iic_dist.ops import images as ops
 from iic_dist.prediction.clusterer import Clusterer
@@ -90,6 +91,7 @@ def export_onnx(run: Clusterer, path: Path) -> None:
 
     Raises:
         UsageError: onnx or onnxscript is not installed.
+        OSError: it could not be written; nothing is left of it. Above 2 GB a second file, FILE.data, holds the weights.
     """
     _require("onnx")
     network = Probabilities(run).float().cpu().eval()
@@ -105,7 +107,8 @@ def export_onnx(run: Clusterer, path: Path) -> None:
     )
     assert program is not None
     program.model.metadata_props["iic_dist"] = json.dumps(_about(run))
-    program.save(path)
+    with whole(path) as part:
+        program.save(part)
 
 
 def export_safetensors(run: Clusterer, path: Path) -> None:
@@ -113,13 +116,15 @@ def export_safetensors(run: Clusterer, path: Path) -> None:
 
     Raises:
         UsageError: safetensors is not installed.
+        OSError: it could not be written; nothing is left of it.
     """
     _require("safetensors")
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = {name: value.contiguous().cpu() for name, value in run.model.state_dict().items()}
     about = {name: str(value) for name, value in _about(run).items()}
-    save_file(weights, path, metadata={**about, "config": run.config.to_yaml()})
+    # Not by save_file, whose errors are no OSError and whose files have modes of their own.
+    write_whole(path, save(weights, metadata={**about, "config": run.config.to_yaml()}))
 
 
 def _about(run: Clusterer) -> dict[str, int]:

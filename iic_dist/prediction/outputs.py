@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from iic_dist.errors import UsageError
-from iic_dist.files import temporary_of
+from iic_dist.files import check_writable, temporary_of, whole
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,37 @@ def check_table(path: Path) -> None:
         raise UsageError(f"--output {path}: its name must end in {', '.join(_WRITERS)}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UsageError(f"--output {path}: .parquet needs pyarrow (pip install pyarrow); .csv and .jsonl need nothing")
-    check_parent("--output", path)
 
 
-def check_parent(option: str, path: Path) -> None:
-    """Raise a UsageError unless a file of this name can come to lie there."""
+def unreadable_beside(table: Path) -> Path:
+    """Return the file that names what could not be read beside a table."""
+    return table.with_name(f"{table.name}.unreadable.txt")
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raise a UsageError unless a file can be written, by trying."""
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise UsageError(f"{option} {path}: is a folder")
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written ({error.strerror})") from error
 
 
 def check_link_folder(target: Path, images: Path) -> None:
-    """Raise a UsageError unless `link_images` may write to `target`: new or empty, and not among the images."""
+    """Raise a UsageError unless `link_images` can write to `target`: new or empty, and not among the images."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UsageError(f"--link-to {target}: is there already and nothing is overwritten; name a new folder")
     if target.resolve().is_relative_to(images.resolve()):
         raise UsageError(f"--link-to {target}: lies in the image folder {images}, where it would count as images")
+    try:
+        if target.exists():
+            check_writable(target / "cluster-0")
+        else:
+            target.mkdir(parents=True)
+            target.rmdir()
+    except OSError as error:
+        raise UsageError(f"--link-to {target}: cannot be written ({error.strerror})") from error
 
 
 def write_table(path: Path, table: Sequence[Row]) -> None:
@@ -92,9 +106,8 @@ def write_table(path: Path, table: Sequence[Row]) -> None:
         path: The file.
         table: At least one row, all of one kind.
     """
-    part = temporary_of(path)
-    _WRITERS[path.suffix](part, table)
-    part.replace(path)
+    with whole(path) as part:
+        _WRITERS[path.suffix](part, table)
 
 
 def _columns(table: Sequence[Row]) -> list[str]:
@@ -137,14 +150,14 @@ _WRITERS: dict[str, Callable[[Path, Sequence[Row]], None]] = {
 
 def write_embeddings(path: Path, embeddings: Tensor) -> None:
     """Write (M, F) float32 as .npy, a row for each row of the table, whole or not at all."""
-    part = temporary_of(path)
-    with part.open("wb") as file:
-        np.save(file, embeddings.numpy())
-    part.replace(path)
+    with whole(path) as part:
+        np.save(part, embeddings.numpy())
 
 
 def link_images(target: Path, root: Path, table: Iterable[Row], folders: Sequence[str], copy: bool) -> None:
     """Make a folder for each cluster, which holds links to its images, or copies, under their paths below `root`.
+
+    All of it is there in the end, or nothing.
 
     Args:
         target: New or empty.
@@ -153,13 +166,27 @@ def link_images(target: Path, root: Path, table: Iterable[Row], folders: Sequenc
         folders: What the folder of each cluster is called: `names.folder_names`; clusters may share one.
         copy: Copy the files, with their times.
     """
-    for folder in folders:
-        (target / folder).mkdir(parents=True, exist_ok=True)
-    for row in table:
-        # The whole path below the root, so that no two images fall together.
-        place, source = target / folders[row.cluster] / row.path, root.absolute() / row.path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if copy:
-            shutil.copy2(source, place)
-        else:
-            place.symlink_to(source)
+    # One that is there may be a disk of its own, which nothing can be moved to.
+    there = target.is_dir()
+    part = target if there else temporary_of(target)
+    if not there:
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    try:
+        for folder in folders:
+            (part / folder).mkdir(parents=True, exist_ok=True)
+        for row in table:
+            # The whole path below the root, so that no two images fall together.
+            place, source = part / folders[row.cluster] / row.path, root.absolute() / row.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if copy:
+                shutil.copy2(source, place)
+            else:
+                place.symlink_to(source)
+        if not there:
+            part.rename(target)
+    except OSError:
+        for each in list(part.iterdir()) if part.is_dir() else ():
+            shutil.rmtree(each, ignore_errors=True)
+        if not there:
+            shutil.rmtree(part, ignore_errors=True)
+        raise

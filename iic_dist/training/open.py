@@ -5,13 +5,46 @@ from __future__ import annotations
 import torch
 
 from iic_dist.config import Config
-from iic_dist.config.build import load_data
+from iic_dist.config.build import RunData, load_data
 from iic_dist.device import exact_device
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.training.feature_trainer import FeatureTrainer
-from iic_dist.training.features import load_run_features
+from iic_dist.training.features import RunFeatures, load_run_features
 from iic_dist.training.trainer import Trainer
+
+
+def load_what_is_trained_on(config: Config, place: Place, device: torch.device) -> RunData | RunFeatures:
+    """Load the images of a config, or the features that it clusters as they are.
+
+    Args:
+        config: As `config.weights.with_weights` returns it.
+        place: This rank.
+        device: Where to compute features.
+
+    Raises:
+        UsageError: images, features or weights cannot be loaded.
+
+    Collective: all ranks must call.
+    """
+    if device.type == "mps" and config.train.precision == "float64":
+        raise UsageError("train.precision='float64': MPS has no float64; use --run.device cpu")
+    return load_run_features(config, place, device) if config.of_features else load_data(config, place)
+
+
+def build_trainer(
+    config: Config, data: RunData | RunFeatures, place: Place, device: torch.device
+) -> Trainer | FeatureTrainer:
+    """Make what trains on the images or features of a config; see `load_what_is_trained_on`.
+
+    Raises:
+        UsageError: the config does not fit them, or the number of ranks.
+
+    Collective: all ranks must call.
+    """
+    if isinstance(data, RunFeatures):
+        return FeatureTrainer(config, data, place, exact_device(device))
+    return Trainer(config, data, place, device)
 
 
 def open_trainer(config: Config, place: Place, device: torch.device) -> Trainer | FeatureTrainer:
@@ -27,8 +60,4 @@ def open_trainer(config: Config, place: Place, device: torch.device) -> Trainer 
 
     Collective: all ranks must call.
     """
-    if device.type == "mps" and config.train.precision == "float64":
-        raise UsageError("train.precision='float64': MPS has no float64; use --run.device cpu")
-    if config.of_features:
-        return FeatureTrainer(config, load_run_features(config, place, device), place, exact_device(device))
-    return Trainer(config, load_data(config, place), place, device)
+    return build_trainer(config, load_what_is_trained_on(config, place, device), place, device)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from iic_dist import distributed
 from iic_dist.config import Config
@@ -15,39 +18,99 @@ from iic_dist.config.console import say
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.files import write_whole
+from iic_dist.training import owner
 from iic_dist.training.feature_trainer import FeatureTrainer
 from iic_dist.training.resume import PREEMPTED
 from iic_dist.training.stages import STAGES
 from iic_dist.training.trainer import Trainer
 
 
-def run_folder(config: Config) -> Path:
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, which this process owns.
+
+    Attributes:
+        path: Where it is.
+        before: What was asked for when the run last began, complete; None for a new run.
+    """
+
+    path: Path
+    before: Config | None
+
+
+@contextlib.contextmanager
+def claimed(config: Config, place: Place) -> Iterator[RunFolder]:
+    """Choose the folder of the run and own it, before anything that takes long; rank 0 looks and decides.
+
+    Raises:
+        UsageError: it cannot be written, another process trains there, or it holds a run that must not be touched.
+
+    Collective: all ranks must call.
+    """
+    launches = sorted({name for name in distributed.gather_objects(owner.launch()) if name is not None})
+    with contextlib.ExitStack() as stack:
+        found: RunFolder | str = ""
+        if place.is_main:
+            try:
+                path = run_folder(config, launches)
+                found = stack.enter_context(_claimed(path, config, launches))
+            except UsageError as error:
+                found = str(error)
+            except OSError as error:
+                found = f"--run.root {config.run.root}: no run can be kept there ({error})"
+        found = distributed.broadcast(found)
+        if isinstance(found, str):
+            raise UsageError(found)
+        yield found
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, config: Config, launches: list[str]) -> Iterator[RunFolder]:
+    if config.run.resume == "never" and (path / CONFIG).exists():
+        raise UsageError(f"{path} is there: choose another --run.name, or --run.resume auto to go on with it")
+    # The others wait in a collective meanwhile.
+    patience = min(100.0, 30 * config.run.timeout_minutes)
+    with owner.owned(path, launches, patience):
+        try:
+            before = settings_of(path) if (path / CONFIG).exists() else None
+        except UsageError as error:
+            raise UsageError(f"{error}: choose another --run.name") from error
+        yield RunFolder(path, before)
+
+
+def run_folder(config: Config, launches: Sequence[str] = ()) -> Path:
     """Choose the folder of the run: its name, or the data set's name and the next free number.
 
-    A restart by torchrun goes on in the newest folder of that name instead of opening another.
+    What torchrun starts again goes on in the folder that it began instead of opening another.
+
+    Args:
+        config: What is asked for.
+        launches: What `owner.launch` says on all ranks.
 
     Raises:
         UsageError: the name is not a plain file name.
-
-    Collective: all ranks must call; rank 0's answer counts.
+        OSError: no folder can be made.
     """
     root = Path(config.run.root)
     name = config.run.name
     if name is not None and (not re.fullmatch(r"[A-Za-z0-9._-]+", name) or set(name) == {"."}):
         raise UsageError(f"run.name={name!r}: use letters, digits, '.', '_' and '-' alone")
-    if name is None and distributed.rank() == 0:
+    if name is None:
         folder = config.data.name.removeprefix("folder:").rstrip("/").rsplit("/", 1)[-1]
         stem = re.sub(r"[^A-Za-z0-9]+", "-", folder).strip("-") or "run"
-        name = _numbered(root, stem, reuse=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
-    return root / str(distributed.broadcast(name))
+        name = _numbered(root, stem, launches)
+    return root / name
 
 
-def _numbered(root: Path, stem: str, reuse: bool) -> str:
-    """Open the folder STEM-N of the next free number N, or name the newest one where that is to be gone on with."""
-    taken = [path.name.removeprefix(f"{stem}-") for path in root.glob(f"{stem}-*")]
-    newest = max((int(number) for number in taken if number.isdecimal()), default=0)
-    if reuse and newest:
-        return f"{stem}-{newest}"
+def _numbered(root: Path, stem: str, launches: Sequence[str]) -> str:
+    """Name the folder STEM-N that one of the launches has begun, or else open that of the next free number."""
+    names = [path.name.removeprefix(f"{stem}-") for path in root.glob(f"{stem}-*")]
+    taken = sorted((int(number) for number in names if number.isdecimal()), reverse=True)
+    for number in taken if launches else ():
+        last = owner.last_owner(root / f"{stem}-{number}")
+        if last is not None and last.is_of(launches):
+            return f"{stem}-{number}"
+    newest = max(taken, default=0)
     while True:  # another run may take the number first
         newest += 1
         try:
@@ -62,7 +125,7 @@ CONFIG = "config.yaml"
 
 # What a run may be gone on with under another value of.
 MAY_CHANGE = {
-    *("run.name", "run.root", "run.device", "run.threads", "run.resume", "run.timeout_minutes"),
+    *("run.name", "run.root", "run.device", "run.threads", "run.resume", "run.new_images", "run.timeout_minutes"),
     "run.start_timeout_minutes",
     *("data.root", "data.download", "data.evaluate_on", "data.labels", "data.cache", "data.workers", "data.relist"),
     *("data.device_budget_gib", "model.weights"),  # the digest of the weights must stay
@@ -71,62 +134,99 @@ MAY_CHANGE = {
     *("train.checkpoint_every", "train.checkpoint_every_steps"),
 }
 
+# What is found out about the images, and then the run's.
+_FOUND = {"data.image_size", "data.channels", "data.resampling", "model.num_clusters", "views.mean", "views.std"}
+
+COMPLETED = {"loss.prior", "views.size", "model.pretrained", "model.weights_digest", *_FOUND}
+"""What is found out before the training, and cannot be compared before that."""
+
 # What each later stage trains on; it may change until that stage has begun.
 _FIXED_BY = {"neighbours": ("train.epochs", "neighbours."), "refine": ("refine.",)}
-
-
-def open_folder(config: Config, trainer: Trainer | FeatureTrainer, place: Place) -> Path:
-    """Choose the folder of the run, go on from what it holds, and write what was asked; rank 0 looks and decides.
-
-    Raises:
-        UsageError: the folder holds a run that was asked for otherwise, or that must not be touched.
-
-    Collective: all ranks must call.
-    """
-    folder = run_folder(config)
-    problem, changed = distributed.broadcast(_look(folder, trainer.config) if place.is_main else (None, []))
-    if problem:
-        raise UsageError(problem)
-    if trainer.resume(folder):
-        if problem := _too_late(folder, trainer.stage, changed):
-            raise UsageError(problem)
-        say(place, f"going on after epoch {trainer.epoch}, step {trainer.step}")
-    if place.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        trainer.config.run.name = folder.name
-        write_whole(folder / CONFIG, trainer.config.to_yaml().encode())
-        (folder / PREEMPTED).unlink(missing_ok=True)
-        if unreadable := trainer.data.unreadable:
-            lines = "".join(f"{path}\t{reason}\n" for path, reason in unreadable)
-            (folder / "unreadable.txt").write_text(lines)
-            say(place, f"{len(unreadable)} unreadable files, named in {folder / 'unreadable.txt'}")
-    return folder
 
 
 Change = tuple[str, object, object]
 """GROUP.FIELD, its value before and now."""
 
 
-def _look(folder: Path, config: Config) -> tuple[str | None, list[Change]]:
-    """Say why the run in a folder cannot be gone on with under this config, if so, and list what this changes."""
-    if not (folder / CONFIG).exists():
-        return None, []
-    if config.run.resume == "never":
-        return f"{folder} is there: choose another --run.name, or --run.resume auto to go on with it", []
-    try:
-        before = dataclasses.asdict(settings_of(folder))
-    except UsageError as error:
-        return f"{error}: choose another --run.name", []
-    changed = [
-        (f"{group}.{name}", before[group][name], value)
-        for group, fields in dataclasses.asdict(config).items()
-        for name, value in fields.items()
-        if before[group][name] != value
-    ]
+def as_begun(config: Config, before: Config | None, chosen: Set[str], say: Callable[[str], None]) -> Config:
+    """Return a copy of a config in which what nobody asks for is as the run began: other images would choose otherwise.
+
+    Args:
+        config: What is asked for.
+        before: Of the run that is gone on with; None for a new one.
+        chosen: Names "group.field" that are chosen from the images, or would be.
+        say: Gets a line for each choice that differs.
+    """
+    config = copy.deepcopy(config)
+    for name in sorted({*chosen, *_FOUND} if before is not None else ()):
+        group, _, field = name.partition(".")
+        now, then = (getattr(getattr(of, group), field) for of in (config, before))
+        if now != then and (name in chosen or now is None):
+            setattr(getattr(config, group), field, copy.deepcopy(then))
+            if now is not None:
+                say(f"--{name} {then}, as the run began; for the images as they are now: {now}")
+    return config
+
+
+def refuse_changes(folder: RunFolder, config: Config, passing: Set[str] = frozenset()) -> list[Change]:
+    """List what a config changes of the run in a folder.
+
+    Args:
+        folder: Of the run.
+        config: What is asked for.
+        passing: Names "group.field" that are not looked at.
+
+    Raises:
+        UsageError: it changes what the run was trained with.
+    """
+    changed = [] if folder.before is None else _changes(folder.before, config)
     for name, old, now in changed:
-        if name not in MAY_CHANGE and not name.startswith(("monitor.", "neighbours.", "refine.")):
-            return f"{folder} was trained with {name}={old!r}, not {now!r}: choose another --run.name", changed
-    return None, changed
+        if name not in MAY_CHANGE | passing and not name.startswith(("monitor.", "neighbours.", "refine.")):
+            raise UsageError(f"{folder.path} was trained with {name}={old!r}, not {now!r}: choose another --run.name")
+    return changed
+
+
+def open_folder(
+    folder: RunFolder, trainer: Trainer | FeatureTrainer, state: Mapping[str, Any] | None, place: Place
+) -> None:
+    """Go on from what the folder holds, and write what was asked.
+
+    Args:
+        folder: Of the run.
+        trainer: Of what is asked for.
+        state: What `resume.load` has read in the folder.
+        place: This rank; rank 0 writes.
+
+    Raises:
+        UsageError: the folder holds a run that was asked for otherwise.
+
+    Collective: all ranks must call.
+    """
+    path = folder.path
+    changed = refuse_changes(folder, trainer.config)
+    if state is not None:
+        trainer.go_on(path, state)
+        if problem := _too_late(path, trainer.stage, changed):
+            raise UsageError(problem)
+        say(place, f"going on after epoch {trainer.epoch}, step {trainer.step}")
+    if place.is_main:
+        trainer.config.run.name = path.name
+        write_whole(path / CONFIG, trainer.config.to_yaml().encode())
+        (path / PREEMPTED).unlink(missing_ok=True)
+        if unreadable := trainer.data.unreadable:
+            lines = "".join(f"{path}\t{reason}\n" for path, reason in unreadable)
+            write_whole(path / "unreadable.txt", lines.encode())
+            say(place, f"{len(unreadable)} unreadable files, named in {path / 'unreadable.txt'}")
+
+
+def _changes(before: Config, now: Config) -> list[Change]:
+    old = dataclasses.asdict(before)
+    return [
+        (f"{group}.{name}", old[group][name], value)
+        for group, fields in dataclasses.asdict(now).items()
+        for name, value in fields.items()
+        if old[group][name] != value
+    ]
 
 
 def _too_late(folder: Path, stage: str, changed: Sequence[Change]) -> str | None:

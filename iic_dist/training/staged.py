@@ -55,6 +55,7 @@ class StagedRun(abc.ABC):
         stage_done: Whether it has ended.
         step: Steps of the run that are done, those of all stages.
         epoch: Epochs of the run that are done.
+        images_seen: What its checkpoints say of the images, on rank 0: `trained_images.images_of`.
 
     Collective: all ranks must construct it, and call its methods, together.
     """
@@ -84,6 +85,7 @@ class StagedRun(abc.ABC):
         self._neighbour_state: Mapping[str, Any] | None = None
         self._log_of_rank: RankLog | None = None
         self._has_begun = False
+        self.images_seen: Mapping[str, Any] | None = None
 
     @abc.abstractmethod
     def show_start(self, monitor: Monitor) -> None:
@@ -347,12 +349,28 @@ class StagedRun(abc.ABC):
         state = resume.load(folder, best=best)
         if state is None:
             return False
+        self.go_on(folder, state)
+        return True
+
+    def go_on(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Args:
+            folder: Of the run.
+            state: What `resume.load` has read there.
+
+        Raises:
+            UsageError: it is not of this network.
+        """
         try:
-            self.load_state_dict(state)
+            self.load_state_dict(dict(state))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"{folder}: its checkpoint is not of this network: {reason}") from error
-        return True
+
+    def take_new_images(self) -> None:
+        """Go on with other images than those of the state: the epoch or the search for neighbours begins again."""
+        self.neighbours = self._neighbour_state = None
 
     def common_state(self) -> dict[str, Any]:
         """Return what the state of every run holds."""
@@ -366,6 +384,7 @@ class StagedRun(abc.ABC):
             "stage_figures": self.stage_figures,
             "neighbours": None if self.neighbours is None else self.neighbours.int(),
             "neighbour_state": self._neighbour_state,
+            "images": self.images_seen,
         }
 
     def load_common_state(self, state: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -245,6 +246,15 @@ class Trainer(StagedRun):
             state |= {"model": self.model.state_dict(), "optimizer": None, "sub_heads": self.sub_heads.state_dict()}
         return state
 
+    def take_new_images(self) -> None:
+        """Go on with other images than those of the state: the epoch or the search for neighbours begins again.
+
+        The epochs that are done count as if they had been of these images, so that the learning rate keeps its course.
+        """
+        super().take_new_images()
+        before = self.course.schedule.total_steps(self.epoch)
+        self.course = dataclasses.replace(self.course, first_step=self.step - before)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken; states of runs without stages are those of the first one."""
         self.load_common_state(state)
@@ -252,6 +262,8 @@ class Trainer(StagedRun):
             load_network(self.model, state["model"], self.config.clustering_heads)
         if self.stage == "refine":
             self._open_refine(state["first_step"])
+        else:
+            self.course = dataclasses.replace(self.course, first_step=state.get("first_step", 0))
         if self.stage == "neighbours" and self.stage_done:
             self.load_record(state)
         else:

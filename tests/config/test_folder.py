@@ -6,6 +6,7 @@ import json
 import random
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from iic_dist.config.folder import settings
 from iic_dist.data.survey import Survey
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.models.pretrained import preprocessing
 
 
 def asked(*arguments: str) -> tuple[Config, str]:
@@ -30,7 +32,7 @@ def asked(*arguments: str) -> tuple[Config, str]:
 
 
 def chosen(found: Survey, **asked_for: int | None) -> dict[str, object]:
-    nothing: dict[str, int | None] = {"image_size": None, "channels": None, "num_clusters": 10}
+    nothing: dict[str, Any] = {"image_size": None, "channels": None, "num_clusters": 10}
     return {name: choice.value for name, choice in settings(found, **{**nothing, **asked_for}).items()}
 
 
@@ -55,10 +57,26 @@ def test_a_batch_is_never_more_than_the_images() -> None:
         assert isinstance(batch, int)
         assert isinstance(size, int)
         assert isinstance(epochs, int)
-        assert 1 <= batch <= min(256, count)
+        assert 2 <= batch <= max(2, min(256, count))
         assert batch & (batch - 1) == 0  # divides by 2, 4, 8 ranks
         assert 8 <= size <= 96
         assert 30 <= epochs <= 400
+
+
+def test_a_batch_divides_by_the_ranks_and_counts_what_can_be_read() -> None:
+    """Three ranks, or 90 of 100 files that cannot be read, were refused for a number that nobody had chosen."""
+    for ranks in range(1, 20):
+        for readable in (ranks, ranks + 1, 40, 100, 1000, 100_000):
+            batch = chosen(Survey(10 * readable, min(256, 10 * readable) // 10 or 1, 20, False), world_size=ranks)[
+                "data.batch_size"
+            ]
+            assert isinstance(batch, int)
+            assert batch % ranks == 0
+            assert (batch // ranks) & (batch // ranks - 1) == 0
+            assert batch <= max(2, ranks, min(256, readable))
+    assert chosen(Survey(100, 10, 20, False))["data.batch_size"] == 8
+    half, whole = (chosen(Survey(*files, 20, False))["train.epochs"] for files in ((100_000, 128), (50_000, 256)))
+    assert half == whole
 
 
 def test_options_and_files_win(tmp_path: Path) -> None:
@@ -69,7 +87,7 @@ def test_options_and_files_win(tmp_path: Path) -> None:
     config, said = asked(*name)
     assert (config.data.image_size, config.data.batch_size, config.model.num_overclusters) == (8, 16, 9)
     assert config.train.epochs == 400
-    assert "40 images, gray, 8 px at the median shorter side (40 looked at)" in said
+    assert "40 images, gray, 8 px at the median shorter side (40 of 40 that were looked at can be read)" in said
     assert "--data.batch_size 16" in said
     config, _ = asked(*name, "--data.batch_size", "20", "--views.policy=simclr", "--data.image_size", "64")
     assert (config.data.batch_size, config.views.policy, config.model.backbone) == (20, "simclr", "resnet18")
@@ -80,6 +98,13 @@ def test_options_and_files_win(tmp_path: Path) -> None:
     assert said
     config, _ = asked("--config", "cifar10", *name)
     assert (config.data.batch_size, config.data.image_size, config.train.epochs) == (512, 8, 450)
+
+
+def test_all_that_may_be_chosen_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the others, other settings of another rank are a mistake."""
+    monkeypatch.setattr(folder, "preprocessing", lambda name: preprocessing("timm/test_resnet"))
+    names = {*settings(Survey(1, 1, 8, False), None, None, None), *folder.frozen_settings(folder.DEFAULT)}
+    assert names == folder.CHOICES
 
 
 def test_the_named_sets_are_left_alone() -> None:

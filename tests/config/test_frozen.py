@@ -18,6 +18,7 @@ from iic_dist.config.weights import with_weights
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.models.weights import digest
+from iic_dist.train import read
 
 
 @pytest.fixture
@@ -44,11 +45,11 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def asked(images: Path, *options: str, main: bool = True) -> tuple[Config, str]:
+def asked(images: Path, *options: str) -> tuple[Config, str]:
     """Parse as the training command does; return the config and what was printed."""
     lines: list[str] = []
     arguments = ["--data.name", f"folder:{images}", "--model.num_clusters", "3", *options]
-    return parse(arguments, partial(folder.choose, say=lines.append, main=main)), "\n".join(lines)
+    return parse(arguments, partial(folder.choose, say=lines.append)), "\n".join(lines)
 
 
 def is_frozen(config: Config) -> bool:
@@ -80,8 +81,12 @@ def test_else_one_line_says_what_is_missing(photographs: Path, monkeypatch: pyte
 
 def test_one_rank_asks_the_network(photographs: Path, asked_for: list[str]) -> None:
     """Its config is sent to the others, whatever they would find."""
-    asked(photographs, main=False)
+    arguments = ["--data.name", f"folder:{photographs}", "--model.num_clusters", "3", "--train.epochs", "0"]
+    config, chosen = read(arguments, Place(rank=1, world_size=2))  # which does not know yet what is clustered
     assert asked_for == []
+    assert not config.pretrained
+    assert "model.backbone" in chosen
+    assert "train.epochs" not in chosen
 
 
 @pytest.mark.parametrize(

@@ -39,3 +39,8 @@ def test_only_some_hundred_headers_are_read(tmp_path: Path) -> None:
     for number in range(1, 600):
         (tmp_path / f"{number}.png").hardlink_to(tmp_path / "0.png")
     assert survey(tmp_path) == Survey(600, 256, 9, False)
+
+
+@pytest.mark.parametrize(("files", "read", "readable"), [(100, 10, 10), (3, 3, 3), (10_000, 128, 5000), (7, 0, 1)])
+def test_what_can_be_read_is_counted(files: int, read: int, readable: int) -> None:
+    assert Survey(files, read, 9, False).num_readable == readable

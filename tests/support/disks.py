@@ -28,6 +28,17 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+def make_read_only(folder: Path) -> None:
+    """Let nothing be written any more to the file system that `small_disk` has mounted."""
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
+def leave_room(folder: Path, kibibytes: int) -> None:
+    """Fill the file system of `folder` up to this much."""
+    ballast = fill(folder)
+    os.truncate(ballast, ballast.stat().st_size - 1024 * kibibytes)
+
+
 def fill(folder: Path) -> Path:
     """Take all room that is left in the file system of `folder`; return the file that takes it, bigger each time."""
     ballast = folder / "ballast"

@@ -146,13 +146,9 @@ def flight_recorder_of_a_wait(rank: int, group: dist.ProcessGroup) -> bytes:
     return dump
 
 
-def single_pair(rank: int, group: dist.ProcessGroup) -> str:
-    """Return the error of a global batch of one image."""
-    try:
-        nt_xent_loss(torch.ones(1, 3), torch.ones(1, 3), group=group)
-    except ValueError as error:
-        return str(error)
-    return "no error"
+def single_pair(rank: int, group: dist.ProcessGroup) -> float:
+    """Return the contrastive loss of a global batch of one image."""
+    return float(nt_xent_loss(torch.ones(1, 3), torch.ones(1, 3), group=group))
 
 
 def after_the_local_main(rank: int, group: dist.ProcessGroup, folder: str) -> bool:

@@ -13,7 +13,8 @@ from iic_dist.config.command_line import parse
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.training.evaluate import evaluate_run
-from iic_dist.training.run_folder import run_folder, settings_of
+from iic_dist.training.owner import LOCK, owned
+from iic_dist.training.run_folder import as_begun, run_folder, settings_of
 
 READERS = [settings_of, lambda run: evaluate_run(run, Place()), iic_dist.load]
 every_reader = pytest.mark.parametrize("read", READERS, ids=["settings", "evaluation", "prediction"])
@@ -64,18 +65,43 @@ def test_settings_that_cannot_be_read_are_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_without_a_name_gets_the_next_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+def test_a_run_without_a_name_gets_the_next_number(tmp_path: Path) -> None:
     config = parse(["--run.root", str(tmp_path)])
     config.data.name = "folder:~/my photos/"
     for name in ("my-photos-1", "my-photos-7", "my-photos-old", "other-30"):
         (tmp_path / name).mkdir()
     assert run_folder(config) == tmp_path / "my-photos-8"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert run_folder(config) == tmp_path / "my-photos-8"  # torchrun's restart goes on with the newest
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert run_folder(config) == tmp_path / "my-photos-9"
     assert (tmp_path / "my-photos-9").is_dir()
+
+
+def test_a_launch_finds_its_own_folder_and_no_other(tmp_path: Path) -> None:
+    """A restart took the newest folder of its name, which another job had opened meanwhile."""
+    config = parse(["--run.root", str(tmp_path)])
+    config.run.timeout_minutes = 1e-3
+    for launches in (["one"], ["two", "three"]):
+        with owned(run_folder(config, launches), launches, 0):
+            (run_folder(config, launches) / "kept").touch()
+    for launches, number in ((["one"], 1), (["four", "three"], 2), (["two"], 2), (["four"], 3), (["four"], 4)):
+        assert run_folder(config, launches) == tmp_path / f"digits-{number}"  # nobody owns what "four" has opened
+    (tmp_path / "digits-2" / LOCK).write_text('{"host": 3')
+    assert run_folder(config, ["two"]) == tmp_path / "digits-5"
+
+
+def test_what_nobody_asks_for_stays_as_the_run_began() -> None:
+    """Other images choose other settings, and a run was refused for a number that its user had never seen."""
+    before, now = Config(), Config()
+    before.data.batch_size, before.data.image_size, before.views.mean, before.optim.lr = 64, 20, [0.5], 0.25
+    now.data.batch_size, now.data.image_size, now.optim.lr = 128, 24, 0.5
+    lines: list[str] = []
+    found = as_begun(now, before, {"data.batch_size", "data.image_size"}, lines.append)
+    assert (found.data.batch_size, found.data.image_size, found.views.mean, found.optim.lr) == (64, 20, [0.5], 0.5)
+    assert lines == [
+        "--data.batch_size 64, as the run began; for the images as they are now: 128",
+        "--data.image_size 20, as the run began; for the images as they are now: 24",
+    ]
+    assert as_begun(now, None, {"data.batch_size"}, lines.append) == now
+    assert as_begun(now, before, frozenset(), lines.append).data.batch_size == 128
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".", "..", "", "a b"])

@@ -26,7 +26,7 @@ from iic_dist.losses import step as step_losses
 from iic_dist.models.feature_heads import FeatureSubHeads
 from iic_dist.prediction.clusterer import Clusterer
 from iic_dist.training import checkpoint, report, resume, stages
-from iic_dist.training.run_folder import open_folder
+from iic_dist.training.run_folder import claimed, open_folder
 from iic_dist.training.stop import StopSignals
 from iic_dist.training.trainer import Trainer
 
@@ -286,7 +286,8 @@ def test_a_state_of_before_there_were_stages_goes_on(tmp_path: Path) -> None:
 def opened(root: Path, *options: str) -> Trainer:
     """Open the folder of a run as the command does."""
     made = trainer("--run.root", str(root), "--run.name", "r", *options)
-    open_folder(made.config, made, Place())
+    with claimed(made.config, Place()) as folder:
+        open_folder(folder, made, resume.load(folder.path), Place())
     return made
 
 
