@@ -60,7 +60,7 @@ def main() -> None:
     options, place = _options(), Place.from_environment()
     with errors_in_one_line(place):
         recommendation = choose(options.run, place)
-        say(place, table(recommendation))
+        say(place, *table(recommendation).splitlines())
         if place.is_main:
             charts.choices(recommendation).savefig(options.run / PICTURE)
         say(place, f"picture: {options.run / PICTURE}")

@@ -36,7 +36,7 @@ def main() -> None:
     with errors_in_one_line(place):
         changes = options.rest[1:] if options.rest[:1] == ["--"] else options.rest
         result = evaluate_run(options.run, place, changes, options.best)
-        say(place, json.dumps(result, indent=1) if options.json else report.summary(result))
+        say(place, *(json.dumps(result, indent=1) if options.json else report.summary(result)).split("\n"))
 
 
 if __name__ == "__main__":

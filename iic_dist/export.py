@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from iic_dist.config.console import errors_in_one_line, log_to_console, run_option
+from iic_dist.config.console import errors_in_one_line, log_to_console, run_option, say
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.prediction import clusterer
@@ -40,7 +40,7 @@ def main() -> None:
             raise UsageError(f"--output {path}: there is no folder {path.parent}")
         FORMATS[options.format](run, path)
         about = f"images: {run.channels} x {run.image_size} x {run.image_size} uint8; {run.num_clusters} clusters"
-        print(f"written: {path} ({about})", flush=True)
+        say(Place(), f"written: {path} ({about})")
 
 
 if __name__ == "__main__":

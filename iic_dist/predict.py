@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from iic_dist import distributed
-from iic_dist.config.console import errors_in_one_line, log_to_console, run_option
+from iic_dist.config.console import errors_in_one_line, log_to_console, run_option, say
+from iic_dist.data.listing import listed
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.prediction import clusterer, gallery, outputs
 from iic_dist.prediction.folder import FolderPrediction, predict_folder, predict_rows
 from iic_dist.prediction.names import folder_names, read_names
+from iic_dist.wording import counted, printable
 
 _NAMED = 10  # unreadable files that are printed
 
@@ -116,9 +118,9 @@ def predict(options: argparse.Namespace, place: Place) -> None:
     if not place.is_main:
         return
     agreement = found.prediction.agreement()
-    for line in _summary(found, agreement, run.num_clusters, names):
-        print(line, flush=True)
-    _write(options, found, agreement, run.num_clusters, names)
+    say(place, *_summary(found, agreement, run.num_clusters, names))
+    written = _write(options, found, agreement, run.num_clusters, names)
+    say(place, f"written: {', '.join(map(str, written))}")
 
 
 def _write(
@@ -127,7 +129,8 @@ def _write(
     agreement: Tensor,
     num_clusters: int,
     names: Mapping[int, str] | None,
-) -> None:
+) -> list[Path]:
+    """Write what is asked for; return what was written."""
     prediction = found.prediction
     table = list(outputs.rows(found.paths, prediction.clusters, prediction.confidence, agreement, names))
     written: list[Path] = []
@@ -136,7 +139,7 @@ def _write(
         written.append(options.output)
     if options.output and found.unreadable:
         unreadable = options.output.with_name(options.output.name + ".unreadable.txt")
-        unreadable.write_text("".join(f"{path}\t{reason}\n" for path, reason in found.unreadable), encoding="utf-8")
+        unreadable.write_text(listed(found.unreadable), encoding="utf-8")
         written.append(unreadable)
     if options.embeddings:
         outputs.write_embeddings(options.embeddings, prediction.embeddings)
@@ -148,7 +151,7 @@ def _write(
     if options.gallery:
         gallery.write(options.gallery, found, agreement, num_clusters, names)
         written.append(options.gallery)
-    print(f"written: {', '.join(map(str, written))}", flush=True)
+    return written
 
 
 def _summary(
@@ -158,7 +161,7 @@ def _summary(
     clusters, confidence = found.prediction.clusters, found.prediction.confidence
     used = int(clusters.unique().numel())
     yield (
-        f"{len(found.paths)} images in {used} of {num_clusters} clusters; "
+        f"{counted(len(found.paths), 'image')} in {used} of {num_clusters} clusters; "
         f"mean confidence {confidence.mean():.3f}, agreement {agreement.mean():.3f}"
     )
     sizes = torch.bincount(clusters, minlength=num_clusters).tolist()
@@ -169,9 +172,9 @@ def _summary(
             of_name[name] += sizes[number]
         yield f"images of each name: {', '.join(f'{name}: {size}' for name, size in of_name.items())}"
     if found.unreadable:
-        yield f"{len(found.unreadable)} files could not be read:"
+        yield f"{counted(len(found.unreadable), 'file')} could not be read:"
     for path, reason in found.unreadable[:_NAMED]:
-        yield f"  {path}: {reason}"
+        yield f"  {printable(path)}: {reason}"
     if len(found.unreadable) > _NAMED:
         yield f"  and {len(found.unreadable) - _NAMED} more; --output FILE names all of them in FILE.unreadable.txt"
 

@@ -26,6 +26,7 @@ from iic_dist.training.open import open_trainer
 from iic_dist.training.run_folder import open_folder
 from iic_dist.training.stop import StopSignals
 from iic_dist.training.trainer import Trainer
+from iic_dist.wording import counted
 
 
 def choose_losses(config: Config, device: torch.device) -> str:
@@ -75,13 +76,13 @@ def train(config: Config, place: Place, stop: StopSignals, chosen: Set[str] = fr
     losses = choose_losses(config, device)
     trainer = open_trainer(config, place, device)
     folder = open_folder(config, trainer, place)
-    threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""
-    say(place, f"{folder}: {place.world_size} rank(s) on {device.type}{threads}; losses: {losses}")
+    threads = f", {counted(torch.get_num_threads(), 'thread')} each" if device.type == "cpu" else ""
+    say(place, f"{folder}: {counted(place.world_size, 'rank')} on {device.type}{threads}; losses: {losses}")
     result = trainer.train(folder, stop)
     if result is None:
         say(place, f"stopped and saved after step {trainer.step}: the same command goes on from there")
         return
-    say(place, f"\n{report.summary(result)}")
+    say(place, "", *report.summary(result).split("\n"))
     if config.monitor.kmeans and place.is_main:
         compare_with_kmeans(trainer, result["num_clusters"])
     say(place, f"run: {folder}    look at it: tensorboard --logdir {folder.parent}")

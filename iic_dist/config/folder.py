@@ -12,6 +12,7 @@ from iic_dist.config.weights import LARGEST_SIDE
 from iic_dist.data.survey import Survey, survey
 from iic_dist.models.pretrained import preprocessing, what_is_missing
 from iic_dist.models.timm_backbones import PREFIX
+from iic_dist.wording import counted
 
 DEFAULT = "timm/vit_small_patch14_dinov2.lvd142m"
 """The backbone whose features photographs get; its weights were made without labels."""
@@ -122,7 +123,7 @@ def choose(
     if missing is not None or not choices:
         choices = settings(found, data.image_size, data.channels, model.num_clusters)
     say(
-        f"{data.name}: {found.num_images} images, {'in colour' if found.colour else 'gray'}, {found.side} px at the "
+        f"{data.name}: {counted(found.num_images, 'image')}, {'in colour' if found.colour else 'gray'}, {found.side} px at the "
         f"median shorter side ({found.num_read} looked at). Chosen for them, unless an option or a file says otherwise:"
     )
     for name, choice in choices.items():

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
-from iic_dist.data.listing import Unreadable, printable
+from iic_dist.data.listing import Unreadable
 from iic_dist.errors import UsageError
+from iic_dist.wording import printable
 
 # Pillow opens more, but some of those run a program (EPS) and none is a usual format of data sets.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")

@@ -17,8 +17,9 @@ from torch import Tensor
 from iic_dist.data import cache as decoded_cache
 from iic_dist.data.decode import DECODER, MAX_PIXELS, Resampling, decoded_files
 from iic_dist.data.image_set import ImageSet
-from iic_dist.data.listing import SUFFIXES, Listing, Unreadable, list_or_recall, printable
+from iic_dist.data.listing import SUFFIXES, Listing, Unreadable, list_or_recall
 from iic_dist.errors import UsageError
+from iic_dist.wording import counted, printable
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def load_folder(
         unreadable.extend(problems)
     if problems and unreadable is None:
         warnings.warn(
-            f"skipped {len(problems)} of {len(problems) + len(images)} image files in {str(folder)!r}; "
+            f"skipped {len(problems)} of {counted(len(problems) + len(images), 'image file')} in {str(folder)!r}; "
             f"the first, {problems[0][0]!r}: {problems[0][1]}",
             stacklevel=2,
         )
@@ -136,11 +137,16 @@ def find_images(folder: Path, follow_links: bool, kept: str | None, relist: bool
         problem = "is not a folder" if root.exists() else "does not exist"
         raise UsageError(f"the image folder {str(folder)!r} {problem}")
     listing = list_or_recall(root, follow_links, None if kept is None else Path(f"{kept}.listing"), relist)
+    check_listing(listing, folder)
+    return listing
+
+
+def check_listing(listing: Listing, folder: Path) -> None:
+    """Raise a UsageError where a folder holds no image file."""
     if not listing.paths and not listing.refused:
         raise UsageError(
             f"the image folder {str(folder)!r} holds no image file (names that end in {' '.join(SUFFIXES)})"
         )
-    return listing
 
 
 def passed_over(folder: Path, paths: list[str], unreadable: Unreadable) -> Unreadable:
@@ -152,7 +158,7 @@ def passed_over(folder: Path, paths: list[str], unreadable: Unreadable) -> Unrea
     problems = [(printable(path), reason) for path, reason in sorted(unreadable)]
     if not paths:
         raise UsageError(
-            f"none of the {len(problems)} image files in {str(folder)!r} can be read; "
+            f"{str(folder)!r} holds {counted(len(problems), 'image file')}, and none can be read; "
             f"the first, {problems[0][0]!r}: {problems[0][1]}"
         )
     return problems

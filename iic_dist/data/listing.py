@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from iic_dist.files import write_whole
+from iic_dist.wording import printable
 
 # fmt: off
 SUFFIXES = (
@@ -142,6 +143,6 @@ def _digest(paths: list[str], found: dict[str, os.stat_result]) -> str:
     return hashlib.blake2b("".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def printable(text: str) -> str:
-    """Escape what would break a line or an encoding; a file name may hold any byte but "/" and NUL."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def listed(unreadable: Unreadable) -> str:
+    """Write files that were passed over as lines of path, tab and reason."""
+    return "".join(f"{printable(path)}\t{reason}\n" for path, reason in unreadable)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from iic_dist.wording import counted
+
 
 @dataclass(frozen=True)
 class Health:
@@ -85,7 +87,7 @@ class Health:
             f"{self.head}: information {self.information_share:.3f} ln K (entropy {self.entropy_share:.3f}, "
             f"conditional {self.entropy_share - self.information_share:.3f}), {self.used_clusters} of "
             f"{self.num_clusters} clusters used, of {self.sizes[-1]:,} to {self.sizes[0]:,} images, confidence "
-            f"{self.confidence:.3f}, agreement {self.agreement_text()} of {self.compared} sub-heads"
+            f"{self.confidence:.3f}, agreement {self.agreement_text()} of {counted(self.compared, 'sub-head')}"
         )
 
 

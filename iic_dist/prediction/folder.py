@@ -16,6 +16,7 @@ from tqdm import tqdm
 from iic_dist import distributed
 from iic_dist.data.decode import reason_for
 from iic_dist.data.features import load_features
+from iic_dist.data.folder import check_listing, passed_over
 from iic_dist.data.listing import list_images
 from iic_dist.errors import UsageError
 from iic_dist.prediction.clusterer import Clusterer, Prediction
@@ -57,6 +58,7 @@ def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> 
     if not root.is_dir():
         raise UsageError(f"the image folder {str(root)!r} {'is not a folder' if root.exists() else 'does not exist'}")
     listing = distributed.broadcast(list_images(root, follow_links=False))
+    check_listing(listing, root)
     paths, unreadable = listing.paths, listing.refused
     starts = range(0, len(paths), clusterer.batch_size)
     world_size, rank = distributed.world_size(), distributed.rank()
@@ -73,10 +75,9 @@ def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> 
             bar.update()
     kept = list(itertools.chain(*distributed.gather_objects(kept)))
     unreadable += itertools.chain(*distributed.gather_objects(problems))
-    if not kept:
-        first = f"; the first, {unreadable[0][0]!a}: {unreadable[0][1]}" if unreadable else ""
-        raise UsageError(f"none of the {len(unreadable)} image files in {str(root)!r} can be read{first}")
-    return FolderPrediction(root, [paths[i] for i in kept], _gathered(Prediction.join(parts)), sorted(unreadable))
+    read = [paths[i] for i in kept]
+    problems = passed_over(root, read, unreadable)
+    return FolderPrediction(root, read, _gathered(Prediction.join(parts)), problems)
 
 
 def predict_rows(clusterer: Clusterer, file: Path) -> FolderPrediction:

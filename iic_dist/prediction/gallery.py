@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from iic_dist.files import write_whole
 from iic_dist.prediction.clusterer import Prediction
 from iic_dist.prediction.folder import FolderPrediction
 from iic_dist.prediction.nearest import surroundings
+from iic_dist.wording import printable
 
 THUMBNAIL = 96
 """Side of the images on the page, pixels; one of a smaller image has its own size."""
@@ -107,7 +107,7 @@ def page(found: FolderPrediction, agreement: Tensor, num_clusters: int, names: M
             Card(cluster, names.get(cluster, ""), len(members[cluster]), confidence, agreed, typical, doubtful)
         )
     return _render(
-        folder=_text(str(found.root)),
+        folder=printable(str(found.root)),
         num_images=len(found.paths),
         num_clusters=num_clusters,
         num_unreadable=len(found.unreadable),
@@ -198,15 +198,10 @@ def _pictures(found: FolderPrediction, images: Sequence[int]) -> list[Picture]:
         thumbnails = list(pool.map(thumbnail, (found.root / found.paths[image] for image in images)))
     pictures = []
     for place, (image, (source, side)) in enumerate(zip(images, thumbnails, strict=True)):
-        path = _text(found.paths[image])
+        path = printable(found.paths[image])
         cluster, confidence = int(found.prediction.clusters[image]), float(found.prediction.confidence[image])
         pictures.append(Picture(source, path, path.rsplit("/", 1)[-1], cluster, confidence, side < _SMALL, place))
     return pictures
-
-
-def _text(path: str) -> str:
-    """Turn a file name into text that UTF-8 can hold."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _unit(vector: Tensor) -> np.ndarray:

@@ -27,13 +27,14 @@ from iic_dist.data.decode import DECODER, MAX_PIXELS, count_workers
 from iic_dist.data.features import PREFIX, Embedded, FeatureSet, load_features, write_features
 from iic_dist.data.folder import class_names_of, find_images, kept_under, labels_of, passed_over
 from iic_dist.data.image_set import ImageSet
-from iic_dist.data.listing import Listing, printable
+from iic_dist.data.listing import Listing
 from iic_dist.data.source import place_images
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.files import sync_folder
 from iic_dist.models import build_backbone
 from iic_dist.training.extract import Embedder, embed_files, extract_images
+from iic_dist.wording import printable
 
 _log = logging.getLogger(__name__)
 _ROWS = 2**25  # bytes of features that go from one rank to the others at a time

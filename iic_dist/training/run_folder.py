@@ -12,6 +12,7 @@ from iic_dist import distributed
 from iic_dist.config import Config
 from iic_dist.config.command_line import parse
 from iic_dist.config.console import say
+from iic_dist.data.listing import listed
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.files import write_whole
@@ -19,6 +20,7 @@ from iic_dist.training.feature_trainer import FeatureTrainer
 from iic_dist.training.resume import PREEMPTED
 from iic_dist.training.stages import STAGES
 from iic_dist.training.trainer import Trainer
+from iic_dist.wording import counted
 
 
 def run_folder(config: Config) -> Path:
@@ -96,9 +98,8 @@ def open_folder(config: Config, trainer: Trainer | FeatureTrainer, place: Place)
         write_whole(folder / CONFIG, trainer.config.to_yaml().encode())
         (folder / PREEMPTED).unlink(missing_ok=True)
         if unreadable := trainer.data.unreadable:
-            lines = "".join(f"{path}\t{reason}\n" for path, reason in unreadable)
-            (folder / "unreadable.txt").write_text(lines)
-            say(place, f"{len(unreadable)} unreadable files, named in {folder / 'unreadable.txt'}")
+            (folder / "unreadable.txt").write_text(listed(unreadable), encoding="utf-8")
+            say(place, f"{counted(len(unreadable), 'unreadable file')}, named in {folder / 'unreadable.txt'}")
     return folder
 
 

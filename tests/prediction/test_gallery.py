@@ -102,7 +102,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert names == {name.decode("utf-8", "backslashreplace") for name in ODD_NAMES}
     assert "{{ 7 * 7 }}" in text
     assert "Without images: 2." in text
-    assert "1 files could not be read" in text
+    assert "1 file could not be read" in text
     assert len(page.scripts) == 3  # what is known of the clusters, of the nearest images, and the page's own
     assert json.loads(page.scripts[0])["names"] == {"0": typed, "2": "]]>"}
     [first, second] = [field["value"] for field in page.named("input") if field.get("class") == "name"]
