@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from iic_dist import distributed
 from iic_dist.config.console import errors_in_one_line, log_to_console, run_option, say
-from iic_dist.data.listing import listed
+from iic_dist.config.settings import DataConfig
+from iic_dist.data.listing import left_out_line, listed
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.prediction import clusterer, gallery, outputs
@@ -60,6 +62,16 @@ def _options() -> argparse.Namespace:
         "headings; clusters of one name become one",
     )
     parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="also take symbolic links that lead out of the image folder, as those of --link-to; without this option "
+        "and the next two, images are read as in the training (data.follow_links, max_megapixels, truncated)",
+    )
+    parser.add_argument("--max-megapixels", type=float, metavar="N", help="pass over images of more million pixels")
+    parser.add_argument(
+        "--truncated", action="store_true", help="also take files that were cut short; what is missing is gray or black"
+    )
+    parser.add_argument(
         "--device",
         default="auto",
         choices=("auto", "cpu", "cuda"),
@@ -77,6 +89,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--copy: copies for --link-to, which is not asked for")
     if options.names and not any((options.output, options.link_to, options.gallery)):
         raise UsageError(f"--names {options.names}: names for --output, --link-to or --gallery; none is asked for")
+    if options.max_megapixels is not None and not 0 < options.max_megapixels < math.inf:
+        raise UsageError(f"--max-megapixels {options.max_megapixels}: must be above 0")
     if options.output:
         outputs.check_table(options.output)
     if options.link_to:
@@ -97,6 +111,13 @@ def _refuse_pictures(options: argparse.Namespace) -> None:
             raise UsageError(f"{option} {asked}: this run is on features, and there are no images to show or link")
 
 
+def _read_as_asked(data: DataConfig, options: argparse.Namespace) -> None:
+    """Let options win over how the run was read."""
+    data.follow_links |= options.follow_links
+    data.truncated |= options.truncated
+    data.max_megapixels = options.max_megapixels or data.max_megapixels
+
+
 def predict(options: argparse.Namespace, place: Place) -> None:
     """Cluster a folder and write what is asked for.
 
@@ -107,6 +128,7 @@ def predict(options: argparse.Namespace, place: Place) -> None:
     """
     _check(options)
     run = clusterer.load(options.run, options.device)
+    _read_as_asked(run.config.data, options)
     names = read_names(options.names, run.num_clusters) if options.names else None
     distributed.use_threads(run.config.run.threads, place)
     distributed.start(place, run.device, run.config.run.timeout_minutes)
@@ -171,6 +193,8 @@ def _summary(
         for number, name in names.items():
             of_name[name] += sizes[number]
         yield f"images of each name: {', '.join(f'{name}: {size}' for name, size in of_name.items())}"
+    if found.left_out:
+        yield left_out_line(found.left_out)
     if found.unreadable:
         yield f"{counted(len(found.unreadable), 'file')} could not be read:"
     for path, reason in found.unreadable[:_NAMED]:

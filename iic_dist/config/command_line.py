@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
-from iic_dist.config import Config
+from iic_dist.config import Config, as_yaml
 from iic_dist.config.check import check, check_course
 from iic_dist.errors import UsageError
 
@@ -77,6 +77,7 @@ def _parser() -> _Parser:
         usage="%(prog)s [--config NAME|FILE] [--GROUP.FIELD VALUE ...] [--print_config]",
         description=_DESCRIPTION.format(presets=", ".join(_presets())),
         formatter_class=_Help,
+        parser_mode=as_yaml.MODE,
     )
     parser.add_argument(
         "--config",

@@ -112,7 +112,12 @@ def choose(
     data, model = config.data, config.model
     if data.name.startswith("features:"):
         return {"train.epochs": 0, NEIGHBOURS: STEPS}
-    found = survey(Path(data.name.removeprefix("folder:")).expanduser())
+    found = survey(
+        Path(data.name.removeprefix("folder:")).expanduser(),
+        follow_links=data.follow_links,
+        max_pixels=data.max_pixels,
+        truncated=data.truncated,
+    )
     if found is None:
         return {}
     backbone = _pretrained_backbone(config, found, asked)
@@ -122,8 +127,9 @@ def choose(
         missing = what_is_missing(DEFAULT)
     if missing is not None or not choices:
         choices = settings(found, data.image_size, data.channels, model.num_clusters)
+    kind = "in colour" if found.colour else "gray"
     say(
-        f"{data.name}: {counted(found.num_images, 'image')}, {'in colour' if found.colour else 'gray'}, {found.side} px at the "
+        f"{data.name}: {counted(found.num_images, 'image')}, {kind}, {found.side} px at the "
         f"median shorter side ({found.num_read} looked at). Chosen for them, unless an option or a file says otherwise:"
     )
     for name, choice in choices.items():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from iic_dist.errors import UsageError
 from iic_dist.ops.philox import permutation
+from iic_dist.wording import counted
 
 
 @dataclass(frozen=True)

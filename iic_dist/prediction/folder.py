@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from iic_dist import distributed
 from iic_dist.data.decode import reason_for
 from iic_dist.data.features import load_features
 from iic_dist.data.folder import check_listing, passed_over
+from iic_dist.data.formats import MAX_PIXELS
 from iic_dist.data.listing import list_images
 from iic_dist.errors import UsageError
 from iic_dist.prediction.clusterer import Clusterer, Prediction
@@ -31,12 +32,17 @@ class FolderPrediction:
         paths: Of each image that could be read, below `root`, in their order.
         prediction: A row for each of these.
         unreadable: (path, reason) of each of the others.
+        left_out: Number of the files that are no images by their endings, by ending.
+        max_pixels, truncated: How its files were read; see `decode_image`.
     """
 
     root: Path
     paths: list[str]
     prediction: Prediction
     unreadable: list[tuple[str, str]]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    max_pixels: int = MAX_PIXELS
+    truncated: bool = False
 
 
 def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> FolderPrediction:
@@ -57,7 +63,8 @@ def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> 
     """
     if not root.is_dir():
         raise UsageError(f"the image folder {str(root)!r} {'is not a folder' if root.exists() else 'does not exist'}")
-    listing = distributed.broadcast(list_images(root, follow_links=False))
+    data = clusterer.config.data
+    listing = distributed.broadcast(list_images(root, data.follow_links))
     check_listing(listing, root)
     paths, unreadable = listing.paths, listing.refused
     starts = range(0, len(paths), clusterer.batch_size)
@@ -77,7 +84,8 @@ def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> 
     unreadable += itertools.chain(*distributed.gather_objects(problems))
     read = [paths[i] for i in kept]
     problems = passed_over(root, read, unreadable)
-    return FolderPrediction(root, read, _gathered(Prediction.join(parts)), problems)
+    prediction = _gathered(Prediction.join(parts))
+    return FolderPrediction(root, read, prediction, problems, listing.left_out, data.max_pixels, data.truncated)
 
 
 def predict_rows(clusterer: Clusterer, file: Path) -> FolderPrediction:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from iic_dist.data.decode import decode_image, header_size
+from iic_dist.data.formats import MAX_PIXELS
 from iic_dist.files import write_whole
 from iic_dist.prediction.clusterer import Prediction
 from iic_dist.prediction.folder import FolderPrediction
@@ -178,12 +180,17 @@ def shown(prediction: Prediction, members: Tensor, each: int) -> tuple[list[int]
     return members[torch.from_numpy(nearest)].tolist(), members[torch.from_numpy(least_sure)].tolist()
 
 
-def thumbnail(path: Path) -> tuple[str, int]:
-    """Return an image as a data URI, the part of it that the network sees, and its side in pixels."""
+def thumbnail(path: Path, max_pixels: int = MAX_PIXELS, truncated: bool = False) -> tuple[str, int]:
+    """Return an image as a data URI, the part of it that the network sees, and its side in pixels.
+
+    Args:
+        path: Its file.
+        max_pixels, truncated: See `decode_image`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        side = min(THUMBNAIL, *header_size(path))
-        pixels = decode_image(path, side).permute(1, 2, 0).numpy()
+        side = min(THUMBNAIL, *header_size(path, max_pixels))
+        pixels = decode_image(path, side, max_pixels, truncated=truncated).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     kind = "png" if side < _SMALL else "jpeg"
     Image.fromarray(pixels).save(buffer, kind, optimize=True, **({"quality": 80} if kind == "jpeg" else {}))
@@ -195,7 +202,8 @@ def _pictures(found: FolderPrediction, images: Sequence[int]) -> list[Picture]:
         warnings.catch_warnings(),  # puts back what the threads, which turn warnings off and on, leave behind
         ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool,
     ):
-        thumbnails = list(pool.map(thumbnail, (found.root / found.paths[image] for image in images)))
+        read = partial(thumbnail, max_pixels=found.max_pixels, truncated=found.truncated)
+        thumbnails = list(pool.map(read, (found.root / found.paths[image] for image in images)))
     pictures = []
     for place, (image, (source, side)) in enumerate(zip(images, thumbnails, strict=True)):
         path = printable(found.paths[image])

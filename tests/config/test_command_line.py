@@ -63,6 +63,34 @@ def test_the_yaml_of_a_config_reads_back(tmp_path: Path) -> None:
     assert parse(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "folder:ph\udce9 ü",
+            "\udcff",
+            "folder:line\nfeed",
+            "folder:\x1b[31m",
+            "folder:\u202e",
+            "folder:\x85",
+            "folder:😀",
+        ),
+        *("folder: a: b #c", "folder:[x]", "!!binary eA==", "null", "1,2"),
+    ],
+    ids=ascii,
+)
+def test_any_name_reads_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML has no text for a name that is not UTF-8: what was written of it, no command could read."""
+    config = parse(["--data.name", name, "--run.root", name, "--model.num_clusters", "3"])
+    assert (config.data.name, config.run.root) == (name, name)
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
+    with pytest.raises(SystemExit):
+        parse(["--data.name", name, "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert parse(["--config", str(tmp_path / "printed.yaml")]).data.name == name
+
+
 def test_the_heads_follow_from_their_sizes() -> None:
     config = Config()
     assert config.heads == ("clustering",)

@@ -158,7 +158,9 @@ def test_malformed_files_are_skipped_and_each_is_named_once(tmp_path):
         assert str(tmp_path) not in reason
     assert [np.array_equal(image_set.images[i].permute(1, 2, 0), picture(seed=i)) for i in range(3)] == [True] * 3
     reasons = dict(problems)
-    assert reasons["large.png"] == "ValueError: 8000 x 8000 pixels, the limit is 50000000"
+    assert reasons["large.png"] == (
+        "8000 x 8000 pixels, the limit is 50 million (--data.max_megapixels, predict --max-megapixels)"
+    )
     assert "not an image" in reasons["eps.png"]  # Pillow would start a program for it
     assert "bomb" in reasons["bomb-real.png"].lower()
     assert "not an image" in reasons["text.png"]

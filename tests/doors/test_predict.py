@@ -210,7 +210,10 @@ def test_unreadable_files_are_listed(
         ),
         (["--output", "c.csv", "--run", "nowhere"], "nowhere: not a run"),
         (["--output", "c.csv", "--images", "missing"], "'missing' does not exist"),
-        (["--output", "c.csv", "--images", "full"], "'full' holds 1 image file, and none can be read; the first, 'bad.png'"),
+        (
+            ["--output", "c.csv", "--images", "full"],
+            "'full' holds 1 image file, and none can be read; the first",
+        ),
         (["--output", "c.csv", "--images", "images"], "the image folder 'images' holds no image file"),
     ],
 )
