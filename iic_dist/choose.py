@@ -51,7 +51,7 @@ def table(recommendation: Recommendation) -> str:
             f"{each.num_clusters:5d}   {each.information_share:6.3f} ln K   {each.agreement_text():>15s}   "
             f"{each.used_clusters:13d}   {sizes:>19s}   {each.confidence:10.3f}"
         )
-    return "\n".join([*lines, f"K = {recommendation.chosen.num_clusters} is recommended: {recommendation.reason}"])
+    return "\n".join([*lines, recommendation.line()])
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iic_dist.errors import UsageError
+from iic_dist.wording import counted
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ def choose_device(name: str, place: Place) -> torch.device:
     count = torch.cuda.device_count()
     if place.local_world_size > count:
         raise UsageError(
-            f"{place.local_world_size} ranks on a machine with {count} GPU(s): start torchrun with "
+            f"{place.local_world_size} ranks on a machine with {counted(count, 'GPU')}: start torchrun with "
             f"--nproc_per_node={count}, or use --run.device cpu"
         )
     return torch.device("cuda", place.local_rank)

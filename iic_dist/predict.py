@@ -182,9 +182,11 @@ def _summary(
     """Say in some lines how many images went where, and what could not be read."""
     clusters, confidence = found.prediction.clusters, found.prediction.confidence
     used = int(clusters.unique().numel())
+    others = found.prediction.sub_heads.shape[1] > 1
+    agreed = f"{agreement.mean():.3f}" if others else "unknown of 1 sub-head"
     yield (
         f"{counted(len(found.paths), 'image')} in {used} of {num_clusters} clusters; "
-        f"mean confidence {confidence.mean():.3f}, agreement {agreement.mean():.3f}"
+        f"mean confidence {confidence.mean():.3f}, agreement {agreed}"
     )
     sizes = torch.bincount(clusters, minlength=num_clusters).tolist()
     yield f"images of each cluster: {', '.join(f'{number}: {size}' for number, size in enumerate(sizes))}"

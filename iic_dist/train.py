@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Set
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from iic_dist import distributed
 from iic_dist.config import Config
+from iic_dist.config.check import doubt_about_clusters
 from iic_dist.config.command_line import parse
 from iic_dist.config.console import errors_in_one_line, log_to_console, say
 from iic_dist.config.folder import choose
@@ -27,6 +29,8 @@ from iic_dist.training.run_folder import open_folder
 from iic_dist.training.stop import StopSignals
 from iic_dist.training.trainer import Trainer
 from iic_dist.wording import counted
+
+_logger = logging.getLogger(__name__)
 
 
 def choose_losses(config: Config, device: torch.device) -> str:
@@ -78,6 +82,8 @@ def train(config: Config, place: Place, stop: StopSignals, chosen: Set[str] = fr
     folder = open_folder(config, trainer, place)
     threads = f", {counted(torch.get_num_threads(), 'thread')} each" if device.type == "cpu" else ""
     say(place, f"{folder}: {counted(place.world_size, 'rank')} on {device.type}{threads}; losses: {losses}")
+    if place.is_main and (doubt := doubt_about_clusters(trainer.config, len(trainer.trained_on))):
+        _logger.warning("warning: %s", doubt)
     result = trainer.train(folder, stop)
     if result is None:
         say(place, f"stopped and saved after step {trainer.step}: the same command goes on from there")

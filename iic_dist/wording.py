@@ -1,4 +1,4 @@
-"""Text for a person: names that are safe to show, numbers with their nouns."""
+"""Text for a person: names that are safe to show, numbers with their nouns, times."""
 
 from __future__ import annotations
 
@@ -22,3 +22,17 @@ def _escaped(character: str) -> str:
 def counted(number: int, noun: str) -> str:
     """Write a number with its noun: 1 file, 2 files."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """Write a time as far as it matters: 45 s, 12 min, 4 h 10 min, 2 days 5 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    minutes = round(minutes, -1)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
+    hours = round(seconds / 3600)
+    return counted(hours // 24, "day") + (f" {hours % 24} h" if hours % 24 else "")

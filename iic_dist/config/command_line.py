@@ -15,6 +15,7 @@ import yaml
 
 from iic_dist.config import Config, as_yaml
 from iic_dist.config.check import check, check_course
+from iic_dist.config.expected import in_words
 from iic_dist.errors import UsageError
 
 Choose = Callable[[Config, frozenset[str]], dict[str, Any]]
@@ -50,7 +51,8 @@ class _Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(f"{' '.join(message.split())} (--help lists all options)") from ex
+        line = " ".join(message.split())
+        raise UsageError(f"{in_words(line) or line} (--help lists all options)") from ex
 
 
 _DESCRIPTION = """\

@@ -238,7 +238,7 @@ def load(run: str | os.PathLike[str], device: str = "auto") -> Clusterer:
         )
     state = checkpoint.load_newest(folder / "checkpoints")
     if state is None:
-        raise UsageError(f"{folder}: no checkpoint in {folder / 'checkpoints'} verifies")
+        raise UsageError(f"{folder}: {checkpoint.why_none(folder / 'checkpoints')}")
     place = distributed.choose_device(device, Place.from_environment())
     try:
         return Clusterer(config, state, place)

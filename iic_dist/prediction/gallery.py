@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,13 +63,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Card:
-    """A cluster on the page, of no name or one; confidence and agreement are means over its images."""
+    """A cluster on the page, of no name or one; confidence and agreement are means over its images.
+
+    The agreement is None where there is one sub-head.
+    """
 
     cluster: int
     name: str
     size: int
     confidence: float
-    agreement: float
+    agreement: float | None
     typical: list[Picture]
     doubtful: list[Picture]
 
@@ -104,7 +108,8 @@ def page(found: FolderPrediction, agreement: Tensor, num_clusters: int, names: M
     cards = []
     for cluster in order:
         typical, doubtful = ([of_image[image] for image in kind] for kind in chosen[cluster])
-        confidence, agreed = (float(of[members[cluster]].mean()) for of in (prediction.confidence, agreement))
+        confidence, agreed = (_mean(of[members[cluster]]) for of in (prediction.confidence, agreement))
+        assert confidence is not None
         cards.append(
             Card(cluster, names.get(cluster, ""), len(members[cluster]), confidence, agreed, typical, doubtful)
         )
@@ -114,7 +119,7 @@ def page(found: FolderPrediction, agreement: Tensor, num_clusters: int, names: M
         num_clusters=num_clusters,
         num_unreadable=len(found.unreadable),
         confidence=float(prediction.confidence.mean()),
-        agreement=float(agreement.mean()),
+        agreement=_mean(agreement),
         empty=sorted(set(range(num_clusters)) - set(order)),
         largest=max(card.size for card in cards),
         cards=cards,
@@ -210,6 +215,12 @@ def _pictures(found: FolderPrediction, images: Sequence[int]) -> list[Picture]:
         cluster, confidence = int(found.prediction.clusters[image]), float(found.prediction.confidence[image])
         pictures.append(Picture(source, path, path.rsplit("/", 1)[-1], cluster, confidence, side < _SMALL, place))
     return pictures
+
+
+def _mean(values: Tensor) -> float | None:
+    """Return the mean; None where it is unknown."""
+    mean = float(values.mean())
+    return None if math.isnan(mean) else mean
 
 
 def _unit(vector: Tensor) -> np.ndarray:

@@ -71,7 +71,7 @@ def result_lines(result: Mapping[str, Any], recommendation: Recommendation) -> l
     """Say what an evaluation adds to the health of the heads: which K is recommended, and how right it is."""
     lines = []
     if recommendation.reason:
-        lines.append(f"K = {recommendation.chosen.num_clusters} is recommended: {recommendation.reason}")
+        lines.append(recommendation.line())
     if result["accuracy"] is not None:
         lines.append(f"accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
     return lines
