@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from iic_dist.config.console import errors_in_one_line, log_to_console, run_option, say
+from iic_dist.config.console import Parser, errors_in_one_line, log_to_console, run_option, say
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import charts
@@ -16,7 +16,7 @@ PICTURE = "choices.png"
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m iic_dist.choose",
         description="Compare the clustering heads of a run that was trained with several --model.num_clusters, without "
         f"labels, and recommend one; also under torchrun. Writes {PICTURE} into the folder of the run.",

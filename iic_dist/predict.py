@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iic_dist import distributed
-from iic_dist.config.console import errors_in_one_line, log_to_console, run_option, say
+from iic_dist.config.console import Parser, errors_in_one_line, log_to_console, run_option, say
 from iic_dist.config.settings import DataConfig
 from iic_dist.data.listing import left_out_line, listed
 from iic_dist.distributed import Place
@@ -26,7 +26,7 @@ _NAMED = 10  # unreadable files that are printed
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m iic_dist.predict",
         description="Put each image of a folder into a cluster of a trained run; also under torchrun, with the same "
         "output. No label and none of the images that the run was trained on is needed. Ask for at least one of "

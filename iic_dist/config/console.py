@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from iic_dist import distributed
 from iic_dist.distributed import Place
@@ -32,6 +33,14 @@ def run_option(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the run, runs/NAME; under torchrun, which takes --run for its own --run-path, say --folder",
     )
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of a command; what it quotes of them may be names that a shell has put there."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and exit with 2."""
+        super().error(printable(message))
 
 
 @contextmanager
