@@ -12,7 +12,7 @@ import numpy as np
 
 from iic_dist.wording import counted
 
-_LEVEL = 0.05  # probability of a recommendation where there is nothing to find
+_FROM_CHANCE = 2.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ def recommend(choices: Sequence[Health]) -> Recommendation:
     rule of Breiman et al. (1984); the largest, because a coarser clustering that is as stable says less. A head that
     leaves clusters unused does not count, unless all do.
 
-    Where no agreement differs from chance (an ARI of 0, by a one-sided t-test at 5 % over all K together), or all
-    images lie in one cluster, nothing was found.
+    Where no agreement differs from chance (an ARI of 0) by two of its standard errors, or all images lie in one
+    cluster, nothing was found. Of sub-heads by chance that lets 2 to 5 in a hundred pass.
 
     Args:
         choices: One head of each K; if there are several, each with an agreement and its error.
@@ -168,7 +168,7 @@ def recommend(choices: Sequence[Health]) -> Recommendation:
     complete = [choice for choice in ordered if choice.used_clusters == choice.num_clusters] or ordered
     best = max(complete, key=lambda choice: choice.measured[0])
     mean, error = best.measured
-    if not any(_differs_from_chance(choice, len(complete)) for choice in complete):
+    if not any(_differs_from_chance(choice) for choice in complete):
         best_of = f"ARI {best.agreement_text()}, of K = {best.num_clusters}"
         reason = f"no agreement differs from chance; the best is {best_of}"
         return Recommendation(ordered, best, reason, found=False)
@@ -183,9 +183,7 @@ def recommend(choices: Sequence[Health]) -> Recommendation:
     return Recommendation(ordered, chosen, reason)
 
 
-def _differs_from_chance(choice: Health, compared: int) -> bool:
-    """Whether sub-heads agree more than by chance, one of so many choices that are looked at."""
-    from scipy.stats import t  # a second to import, and only several K need it
-
+def _differs_from_chance(choice: Health) -> bool:
+    """Whether sub-heads agree more than by chance."""
     mean, error = choice.measured
-    return choice.used_clusters > 1 and mean > error * float(t.isf(_LEVEL / compared, choice.compared - 1))
+    return choice.used_clusters > 1 and mean > _FROM_CHANCE * error

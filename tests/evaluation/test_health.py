@@ -98,7 +98,7 @@ def test_where_no_agreement_differs_from_chance_nothing_is_recommended(choices: 
 
 @pytest.mark.parametrize("signal", [0.0, 0.5])
 def test_sub_heads_of_chance_are_told_from_those_that_found_something(signal: float) -> None:
-    """Of sub-heads by chance alone, K is recommended at most as often as the test's 5 %."""
+    """Of sub-heads by chance alone a K is recommended in few cases, of those that found something in all."""
     draw = np.random.default_rng(0)
     found = 0
     for _ in range(60):
