@@ -83,3 +83,11 @@ def test_large_and_cut_files_are_taken_if_asked(
     paths, _ = predicted(monkeypatch, capsys, gray_run, images, "--truncated", "--max-megapixels", "52")
     assert len(paths) == 14
     assert "must be above 0" in predicted(monkeypatch, capsys, gray_run, images, "--max-megapixels", "0")[1]
+
+
+def test_more_clusters_than_images_are_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Four of ten clusters of six images stayed empty, without a word."""
+    images = write_digits(tmp_path, 6)
+    train_on(images, tmp_path / ".runs", *SMALL, "--model.num_clusters", "10")
+    warnings = [line for line in caplog.messages if "num_clusters" in line]
+    assert warnings == ["warning: model.num_clusters=10 of 6 images: 4 or more will stay empty"]
