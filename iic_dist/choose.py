@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from iic_dist.config.console import errors_in_one_line, log_to_console, run_option, say
+from iic_dist.config.console import Parser, errors_in_one_line, log_to_console, run_option, say
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import charts
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m iic_dist.choose",
         description="Compare the clustering heads of a run that was trained with several --model.num_clusters, without "
         f"labels, and recommend one; also under torchrun. Writes {PICTURE} into the folder of the run.",
@@ -55,7 +55,7 @@ def table(recommendation: Recommendation) -> str:
             f"{each.num_clusters:5d}   {each.information_share:6.3f} ln K   {each.agreement_text():>15s}   "
             f"{each.used_clusters:13d}   {sizes:>19s}   {each.confidence:10.3f}"
         )
-    return "\n".join([*lines, f"K = {recommendation.chosen.num_clusters} is recommended: {recommendation.reason}"])
+    return "\n".join([*lines, recommendation.line()])
 
 
 def draw(recommendation: Recommendation, path: Path) -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     options, place = _options(), Place.from_environment()
     with errors_in_one_line(place):
         recommendation = choose(options.run, place)
-        say(place, table(recommendation))
+        say(place, *table(recommendation).splitlines())
         if place.is_main:
             draw(recommendation, options.run / PICTURE)
 

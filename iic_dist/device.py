@@ -8,6 +8,7 @@ import torch
 
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.wording import counted
 
 NAMES = ("auto", "cpu", "cuda", "mps")
 
@@ -39,7 +40,7 @@ def choose_device(name: str, place: Place) -> torch.device:
     count = torch.accelerator.device_count()
     if place.local_world_size > count:
         raise UsageError(
-            f"{place.local_world_size} ranks on a machine with {count} GPU(s): start torchrun with "
+            f"{place.local_world_size} ranks on a machine with {counted(count, 'GPU')}: start torchrun with "
             f"--nproc_per_node={count}, or use --run.device cpu"
         )
     return torch.device("cuda", place.local_rank)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from iic_dist.config.console import errors_in_one_line, log_to_console, run_option, say
+from iic_dist.config.console import Parser, errors_in_one_line, log_to_console, run_option, say
 from iic_dist.distributed import Place
 from iic_dist.training import report
 from iic_dist.training.evaluate import evaluate_run
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m iic_dist.evaluate",
         usage="%(prog)s [-h] --run DIR [--best] [--json] [-- --GROUP.FIELD VALUE ...]",
         description="Evaluate the newest checkpoint of a run; also under torchrun, with the same figures.",
@@ -36,7 +36,7 @@ def main() -> None:
     with errors_in_one_line(place):
         changes = options.rest[1:] if options.rest[:1] == ["--"] else options.rest
         result = evaluate_run(options.run, place, changes, options.best)
-        say(place, json.dumps(result, indent=1) if options.json else report.summary(result))
+        say(place, *(json.dumps(result, indent=1) if options.json else report.summary(result)).split("\n"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from iic_dist.config.console import errors_in_one_line, log_to_console, run_option
+from iic_dist.config.console import Parser, errors_in_one_line, log_to_console, run_option, say
 from iic_dist.distributed import Place
 from iic_dist.prediction import clusterer
 from iic_dist.prediction.export import FORMATS
@@ -14,9 +14,7 @@ from iic_dist.prediction.outputs import check_file
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m iic_dist.export", description="Write a trained run for use without this package."
-    )
+    parser = Parser(prog="python -m iic_dist.export", description="Write a trained run for use without this package.")
     run_option(parser)
     parser.add_argument(
         "--format",
@@ -39,7 +37,7 @@ def main() -> None:
         check_file("--output", path)
         FORMATS[options.format](run, path)
         about = f"images: {run.channels} x {run.image_size} x {run.image_size} uint8; {run.num_clusters} clusters"
-        print(f"written: {path} ({about})", flush=True)
+        say(Place(), f"written: {path} ({about})")
 
 
 if __name__ == "__main__":

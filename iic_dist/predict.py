@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from iic_dist import distributed
-from iic_dist.config.console import errors_in_one_line, log_to_console, run_option
+from iic_dist.config.console import Parser, errors_in_one_line, log_to_console, run_option, say
+from iic_dist.config.settings import DataConfig
+from iic_dist.data.listing import left_out_line, listed
 from iic_dist.device import NAMES, use_threads
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
@@ -19,12 +22,13 @@ from iic_dist.files import write_whole
 from iic_dist.prediction import clusterer, gallery, outputs
 from iic_dist.prediction.folder import FolderPrediction, predict_folder, predict_rows
 from iic_dist.prediction.names import folder_names, read_names
+from iic_dist.wording import counted, printable
 
 _NAMED = 10  # unreadable files that are printed
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m iic_dist.predict",
         description="Put each image of a folder into a cluster of a trained run; also under torchrun, with the same "
         "output. No label and none of the images that the run was trained on is needed. Ask for at least one of "
@@ -60,6 +64,16 @@ def _options() -> argparse.Namespace:
         "headings; clusters of one name become one",
     )
     parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="also take symbolic links that lead out of the image folder, as those of --link-to; without this option "
+        "and the next two, images are read as in the training (data.follow_links, max_megapixels, truncated)",
+    )
+    parser.add_argument("--max-megapixels", type=float, metavar="N", help="pass over images of more million pixels")
+    parser.add_argument(
+        "--truncated", action="store_true", help="also take files that were cut short; what is missing is gray or black"
+    )
+    parser.add_argument(
         "--device",
         default="auto",
         choices=NAMES,
@@ -77,6 +91,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--copy: copies for --link-to, which is not asked for")
     if options.names and not any((options.output, options.link_to, options.gallery)):
         raise UsageError(f"--names {options.names}: names for --output, --link-to or --gallery; none is asked for")
+    if options.max_megapixels is not None and not 0 < options.max_megapixels < math.inf:
+        raise UsageError(f"--max-megapixels {options.max_megapixels}: must be above 0")
     if options.output:
         outputs.check_table(options.output)
     for option, path, ending in (
@@ -112,6 +128,13 @@ def _refuse_pictures(options: argparse.Namespace) -> None:
             raise UsageError(f"{option} {asked}: this run is on features, and there are no images to show or link")
 
 
+def _read_as_asked(data: DataConfig, options: argparse.Namespace) -> None:
+    """Let options win over how the run was read."""
+    data.follow_links |= options.follow_links
+    data.truncated |= options.truncated
+    data.max_megapixels = options.max_megapixels or data.max_megapixels
+
+
 def predict(options: argparse.Namespace, place: Place) -> None:
     """Cluster a folder and write what is asked for.
 
@@ -122,6 +145,7 @@ def predict(options: argparse.Namespace, place: Place) -> None:
     """
     _check(options)
     run = clusterer.load(options.run, options.device)
+    _read_as_asked(run.config.data, options)
     names = read_names(options.names, run.num_clusters) if options.names else None
     use_threads(run.config.run.threads, place)
     distributed.start(place, run.device, run.config.run.start_timeout_minutes)
@@ -135,9 +159,9 @@ def predict(options: argparse.Namespace, place: Place) -> None:
     if not place.is_main:
         return
     agreement = found.prediction.agreement()
-    for line in _summary(found, agreement, run.num_clusters, names):
-        print(line, flush=True)
-    _write(options, found, agreement, run.num_clusters, names)
+    say(place, *_summary(found, agreement, run.num_clusters, names))
+    written = _write(options, found, agreement, run.num_clusters, names)
+    say(place, f"written: {', '.join(map(str, written))}")
 
 
 def _write(
@@ -146,7 +170,8 @@ def _write(
     agreement: Tensor,
     num_clusters: int,
     names: Mapping[int, str] | None,
-) -> None:
+) -> list[Path]:
+    """Write what is asked for; return what was written."""
     prediction = found.prediction
     table = list(outputs.rows(found.paths, prediction.clusters, prediction.confidence, agreement, names))
     written: list[Path] = []
@@ -155,8 +180,7 @@ def _write(
         written.append(options.output)
     if options.output and found.unreadable:
         unreadable = outputs.unreadable_beside(options.output)
-        lines = "".join(f"{path}\t{reason}\n" for path, reason in found.unreadable)
-        write_whole(unreadable, lines.encode())
+        write_whole(unreadable, listed(found.unreadable).encode())
         written.append(unreadable)
     if options.embeddings:
         outputs.write_embeddings(options.embeddings, prediction.embeddings)
@@ -168,7 +192,7 @@ def _write(
     if options.gallery:
         gallery.write(options.gallery, found, agreement, num_clusters, names)
         written.append(options.gallery)
-    print(f"written: {', '.join(map(str, written))}", flush=True)
+    return written
 
 
 def _summary(
@@ -177,9 +201,11 @@ def _summary(
     """Say in some lines how many images went where, and what could not be read."""
     clusters, confidence = found.prediction.clusters, found.prediction.confidence
     used = int(clusters.unique().numel())
+    others = found.prediction.sub_heads.shape[1] > 1
+    agreed = f"{agreement.mean():.3f}" if others else "unknown of 1 sub-head"
     yield (
-        f"{len(found.paths)} images in {used} of {num_clusters} clusters; "
-        f"mean confidence {confidence.mean():.3f}, agreement {agreement.mean():.3f}"
+        f"{counted(len(found.paths), 'image')} in {used} of {num_clusters} clusters; "
+        f"mean confidence {confidence.mean():.3f}, agreement {agreed}"
     )
     sizes = torch.bincount(clusters, minlength=num_clusters).tolist()
     yield f"images of each cluster: {', '.join(f'{number}: {size}' for number, size in enumerate(sizes))}"
@@ -188,10 +214,12 @@ def _summary(
         for number, name in names.items():
             of_name[name] += sizes[number]
         yield f"images of each name: {', '.join(f'{name}: {size}' for name, size in of_name.items())}"
+    if found.left_out:
+        yield left_out_line(found.left_out)
     if found.unreadable:
-        yield f"{len(found.unreadable)} files could not be read:"
+        yield f"{counted(len(found.unreadable), 'file')} could not be read:"
     for path, reason in found.unreadable[:_NAMED]:
-        yield f"  {path}: {reason}"
+        yield f"  {printable(path)}: {reason}"
     if len(found.unreadable) > _NAMED:
         yield f"  and {len(found.unreadable) - _NAMED} more; --output FILE names all of them in FILE.unreadable.txt"
 

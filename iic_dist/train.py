@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Set
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from iic_dist import distributed
 from iic_dist.config import Config
 from iic_dist.config.build import RunData
+from iic_dist.config.check import doubt_about_clusters
 from iic_dist.config.command_line import parse
 from iic_dist.config.console import errors_in_one_line, log_to_console, say
 from iic_dist.config.folder import CHOICES, choose, with_batch_that_fits
@@ -29,6 +31,9 @@ from iic_dist.training.run_folder import COMPLETED, RunFolder, as_begun, claimed
 from iic_dist.training.stop import StopSignals
 from iic_dist.training.trained_images import check_images
 from iic_dist.training.trainer import Trainer
+from iic_dist.wording import counted
+
+_logger = logging.getLogger(__name__)
 
 
 def choose_losses(config: Config, device: torch.device) -> str:
@@ -105,13 +110,15 @@ def _train_in(
     config = with_weights(config, place, partial(say, place))
     losses = choose_losses(config, device)
     trainer = _open(folder, config, chosen, place, device)
-    threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""
-    say(place, f"{path}: {place.world_size} rank(s) on {device.type}{threads}; losses: {losses}")
+    threads = f", {counted(torch.get_num_threads(), 'thread')} each" if device.type == "cpu" else ""
+    say(place, f"{path}: {counted(place.world_size, 'rank')} on {device.type}{threads}; losses: {losses}")
+    if place.is_main and (doubt := doubt_about_clusters(trainer.config, len(trainer.trained_on))):
+        _logger.warning("warning: %s", doubt)
     result = trainer.train(path, stop)
     if result is None:
         say(place, f"stopped and saved after step {trainer.step}: the same command goes on from there")
         return
-    say(place, f"\n{report.summary(result)}")
+    say(place, "", *report.summary(result).split("\n"))
     if config.monitor.kmeans and place.is_main:
         compare_with_kmeans(trainer, result["num_clusters"])
     say(place, f"run: {path}    look at it: tensorboard --logdir {path.parent}")

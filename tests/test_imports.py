@@ -17,7 +17,7 @@ import iic_dist
 PACKAGE = Path(iic_dist.__file__).parent
 
 FLOORS = (
-    {"errors", "files"},
+    {"errors", "files", "wording"},
     {"distributed", "ops"},
     {"device", "failure"},
     {"data", "views", "models", "losses"},  # know nothing of each other

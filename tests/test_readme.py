@@ -63,6 +63,14 @@ CANNOT_RUN = {
         "python -m iic_dist.train --data.name folder:photos --model.num_clusters 10 "
         "--model.backbone timm/tf_efficientnet_lite0 --model.weights tf_efficientnet_lite0.safetensors"
     ): ("wants a file of weights", "config/test_frozen.py::test_a_file_of_weights_needs_no_network"),
+    "python -m iic_dist.train --data.name folder:sorted/cluster-3 --data.follow_links true --model.num_clusters 4": (
+        "which cluster holds images depends on the run",
+        "reliability/test_odd_folders.py::test_a_cluster_is_clustered_again",
+    ),
+    "pip install pillow-heif": (
+        "changes the environment",
+        "data/test_formats.py::test_heic_is_read_where_pillow_can",
+    ),
     "make lint": ("installs; .ci/run runs it", None),
     "make lint test": ("it is what runs this", None),
     "make test-all": ("it is what runs this", None),

@@ -57,6 +57,9 @@ def load_data(config: Config, place: Place) -> RunData:
         verify=first,
         progress=config.monitor.progress and place.is_main,
         resampling=data.resampling or "bilinear",
+        follow_links=data.follow_links,
+        max_pixels=data.max_pixels,
+        truncated=data.truncated,
     )
 
     def load(split: str) -> ImageSet:

@@ -8,6 +8,7 @@ from typing import Any
 
 from iic_dist.config import HEADS, Config
 from iic_dist.errors import UsageError
+from iic_dist.wording import counted
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -57,6 +58,24 @@ def check_course(config: Config) -> None:
         raise UsageError("train.epochs=0 and neighbours.steps=0: nothing is trained; set --neighbours.steps 1000")
     if config.of_features and data.unlabelled:
         raise UsageError("data.unlabelled=true: with train.epochs 0 no head trains on unlabelled images")
+
+
+def doubt_about_clusters(config: Config, num_images: int) -> str | None:
+    """Say what is odd about the number of clusters of a complete config, if so.
+
+    Args:
+        config: Complete.
+        num_images: That it is trained on.
+    """
+    k, where = max(config.clustering_heads.values()), "data.batch_size"
+    batch = config.data.batch_size
+    if config.of_features:
+        where, batch = "neighbours.batch_size", config.neighbours.batch_size
+    if k > num_images:
+        return f"model.num_clusters={k} of {counted(num_images, 'image')}: {k - num_images} or more will stay empty"
+    if k > batch:
+        return f"model.num_clusters={k} is above {where}={batch}: no step sees all clusters, and they may stay unequal"
+    return None
 
 
 def _check_field(name: str, value: Any, field: dataclasses.Field[Any]) -> None:

@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 
-from iic_dist.config import Config
+from iic_dist.config import Config, as_yaml
 from iic_dist.config.check import check, check_course
+from iic_dist.config.expected import in_words
 from iic_dist.errors import UsageError
 
 Choose = Callable[[Config, frozenset[str]], dict[str, Any] | None]
@@ -50,7 +51,8 @@ class _Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(f"{' '.join(message.split())} (--help lists all options)") from ex
+        line = " ".join(message.split())
+        raise UsageError(f"{in_words(line) or line} (--help lists all options)") from ex
 
 
 _DESCRIPTION = """\
@@ -77,6 +79,7 @@ def _parser() -> _Parser:
         usage="%(prog)s [--config NAME|FILE] [--GROUP.FIELD VALUE ...] [--print_config]",
         description=_DESCRIPTION.format(presets=", ".join(_presets())),
         formatter_class=_Help,
+        parser_mode=as_yaml.MODE,
     )
     parser.add_argument(
         "--config",

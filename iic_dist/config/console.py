@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from iic_dist import distributed, failure
 from iic_dist.distributed import Place
 from iic_dist.errors import RunError, UsageError
+from iic_dist.wording import printable
 
 
-def say(place: Place, line: str) -> None:
-    """Print a line on rank 0."""
+def say(place: Place, *lines: str) -> None:
+    """Print lines on rank 0; names in them may hold anything."""
     if place.is_main:
-        print(line, flush=True)
+        for line in lines:
+            print(printable(line), flush=True)
 
 
 def run_option(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +33,14 @@ def run_option(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the run, runs/NAME; under torchrun, which takes --run for its own --run-path, say --folder",
     )
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of a command; what it quotes of them may be names that a shell has put there."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and exit with 2."""
+        super().error(printable(message))
 
 
 @contextmanager
@@ -58,9 +70,21 @@ def errors_in_one_line(place: Place, *, system_error: int = 1) -> Iterator[None]
         distributed.stop()
 
 
+class _Line(logging.Formatter):
+    """A message without decoration, in one line whatever the names in it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(record.message)
+
+
 def log_to_console(level: int = logging.INFO) -> None:
-    """Print log lines without decoration."""
-    logging.basicConfig(level=level, format="%(message)s")
+    """Print log lines without decoration; what the console has no letters for, such as ± in ASCII, is escaped there."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Line())
+    logging.basicConfig(level=level, handlers=[handler])
     for library in ("timm", "httpx", "httpx2"):  # they tell of every file and request
         logging.getLogger(library).setLevel(max(level, logging.WARNING))
 
@@ -68,5 +92,5 @@ def log_to_console(level: int = logging.INFO) -> None:
 def _fail(place: Place, error: Exception, code: int) -> None:
     """Print the line of an error, once a machine, and exit."""
     if place.local_rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
     sys.exit(code)

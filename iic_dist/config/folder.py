@@ -14,6 +14,7 @@ from iic_dist.data.folder import listing_under
 from iic_dist.data.survey import Survey, survey
 from iic_dist.models.pretrained import preprocessing, what_is_missing
 from iic_dist.models.timm_backbones import PREFIX
+from iic_dist.wording import counted
 
 DEFAULT = "timm/vit_small_patch14_dinov2.lvd142m"
 """The backbone whose features photographs get; its weights were made without labels."""
@@ -157,7 +158,14 @@ def choose(
     if data.name.startswith("features:"):
         return {"train.epochs": 0, NEIGHBOURS: STEPS}
     root = Path(data.name.removeprefix("folder:")).expanduser()
-    found = survey(root, listing_under(Path(data.cache or f"{data.root}/decoded"), root), data.relist)
+    found = survey(
+        root,
+        listing_under(Path(data.cache or f"{data.root}/decoded"), root),
+        data.relist,
+        follow_links=data.follow_links,
+        max_pixels=data.max_pixels,
+        truncated=data.truncated,
+    )
     if found is None:
         return {}
     backbone = _pretrained_backbone(config, found, asked)
@@ -167,8 +175,9 @@ def choose(
         missing = what_is_missing(DEFAULT)
     if missing is not None or not choices:
         choices = settings(found, data.image_size, data.channels, model.num_clusters, world_size)
+    kind = "in colour" if found.colour else "gray"
     say(
-        f"{data.name}: {found.num_images} images, {'in colour' if found.colour else 'gray'}, {found.side} px at the "
+        f"{data.name}: {counted(found.num_images, 'image')}, {kind}, {found.side} px at the "
         f"median shorter side ({found.num_read} of {found.num_looked_at} that were looked at can be read). Chosen for "
         "them, unless an option or a file says otherwise:"
     )

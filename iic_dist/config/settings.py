@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import yaml
+
+from iic_dist.config import as_yaml
 
 HEADS = ("clustering", "overclustering", "contrastive")
 
@@ -74,6 +75,9 @@ class DataConfig:
             the next run; it may be deleted at any time. Default: `decoded` under `root`.
         keep_features: Numbers in which the features of a frozen backbone are kept; float16 takes half the room. With
             train.precision float64 they are float64.
+        follow_links: folder:DIR only: also take symbolic links that lead out of the folder, as predict makes them.
+        max_megapixels: folder:DIR only: images of more million pixels are passed over.
+        truncated: folder:DIR only: also take files that were cut short; what is missing becomes gray or black.
         workers: folder:DIR only: processes that decode; 0 = the run's own. Default: one a core, at most 16.
         relist: folder:DIR only: look for changed files at the start; false trusts the listing kept in `cache`, which
             saves a walk over millions of files on a slow disk.
@@ -96,9 +100,17 @@ class DataConfig:
     labels: str | None = None
     cache: str | None = None
     keep_features: Literal["float16", "float32"] = "float32"
+    follow_links: bool = False
+    max_megapixels: float = _above_0(50.0)
+    truncated: bool = False
     workers: int | None = _at_least_0(None)
     relist: bool = True
     device_budget_gib: float = _at_least_0(4.0)
+
+    @property
+    def max_pixels(self) -> int:
+        """Pixels of the largest images that are decoded."""
+        return round(self.max_megapixels * 1e6)
 
 
 @dataclass
@@ -394,5 +406,4 @@ class Config:
 
     def to_yaml(self) -> str:
         """Return all groups as YAML that `--config FILE` reads back."""
-        text: str = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
-        return text
+        return as_yaml.dump(dataclasses.asdict(self))

@@ -22,12 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
-from iic_dist.data.listing import Unreadable, printable
+from iic_dist.data.formats import MAX_PIXELS, ImageTooLarge, opened
+from iic_dist.data.listing import Unreadable
 from iic_dist.errors import UsageError
+from iic_dist.wording import printable
 
-# Pillow opens more, but some of those run a program (EPS) and none is a usual format of data sets.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 50_000_000
 DECODER = f"1 with Pillow {PIL.__version__}"
 """Names the pixels that `decode_image` makes of a file; count up when it makes others."""
 
@@ -40,12 +39,22 @@ _CHUNK_IMAGES, _CHUNK_BYTES = 32, 2**24
 
 
 def decode_image(
-    path: Path, image_size: int, max_pixels: int = MAX_PIXELS, resampling: Resampling = "bilinear"
+    path: Path,
+    image_size: int,
+    max_pixels: int = MAX_PIXELS,
+    resampling: Resampling = "bilinear",
+    truncated: bool = False,
 ) -> Tensor:
     """Decode one file: turned as its EXIF says, its central square resized with antialias (bilinear: triangle filter).
 
     Transparent pixels lie on white. 16-bit gray is scaled from its whole range, 0-65535. Of an animation the
     first picture counts.
+
+    Args:
+        path: The file.
+        image_size: S, pixels.
+        max_pixels, truncated: See `opened`.
+        resampling: How it is resized.
 
     Returns:
         (3, S, S) uint8 RGB.
@@ -53,26 +62,22 @@ def decode_image(
     Raises:
         Exception: the file is malformed; Pillow raises many kinds.
     """
-    Image.init()  # registers the formats; which ones there are depends on Pillow's version and build
-    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-        if image.width * image.height > max_pixels:
-            raise ValueError(f"{image.width} x {image.height} pixels, the limit is {max_pixels}")
+    with opened(path, max_pixels, truncated) as image:
         image.load()
         with contextlib.suppress(Exception):  # a damaged EXIF block does not make the pixels bad
             ImageOps.exif_transpose(image, in_place=True)
         return square(image, image_size, resampling)
 
 
-def header_size(path: Path) -> tuple[int, int]:
+def header_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Read width and height of an image file in pixels, without decoding it, before it is turned as its EXIF says.
 
     Raises:
-        Exception: the header is malformed.
+        Exception: the header is malformed, or says more than `max_pixels`.
     """
-    Image.init()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        with opened(path, max_pixels) as image:
             return image.size
 
 
@@ -126,9 +131,10 @@ class _Chunks(Dataset[Decoded]):
         max_pixels: int,
         workers: int,
         resampling: Resampling = "bilinear",
+        truncated: bool = False,
     ) -> None:
         self.root, self.paths = root, paths
-        self.image_size, self.max_pixels, self.resampling = image_size, max_pixels, resampling
+        self.image_size, self.decoding = image_size, (max_pixels, resampling, truncated)
         self.size = chunk_size(image_size)
         self.at_work = RawArray(c_int64, [-1] * max(1, workers))
 
@@ -147,7 +153,7 @@ class _Chunks(Dataset[Decoded]):
             for number, path in enumerate(self.paths[start : start + self.size], start):
                 self.at_work[place] = number
                 try:
-                    image = decode_image(self.root / path, self.image_size, self.max_pixels, self.resampling)
+                    image = decode_image(self.root / path, self.image_size, *self.decoding)
                     images[len(kept)] = image.numpy()
                 except Exception as error:  # a malformed file can raise nearly anything
                     malformed.append((path, reason_for(error)))
@@ -172,6 +178,7 @@ def decoded_files(
     workers: int | None = 0,
     progress: bool = False,
     resampling: Resampling = "bilinear",
+    truncated: bool = False,
 ) -> Iterator[Iterable[Decoded]]:
     """Decode files in their order, some at a time: `with decoded_files(...) as chunks: for chunk in chunks: ...`.
 
@@ -179,16 +186,15 @@ def decoded_files(
         root: What the paths are relative to.
         paths: Of the files.
         image_size: S, side of the images in pixels.
-        max_pixels: A file whose header says more is not decoded.
+        max_pixels, resampling, truncated: See `decode_image`.
         workers: Processes that decode. 0: this one does. None: one a core, at most 16.
         progress: Show a progress bar.
-        resampling: See `decode_image`.
 
     Raises:
         UsageError: a worker ended, by a crash inside a decoder or because memory ran short.
     """
     workers = count_workers(workers)
-    chunks = _Chunks(root, paths, image_size, max_pixels, workers, resampling)
+    chunks = _Chunks(root, paths, image_size, max_pixels, workers, resampling, truncated)
     workers = min(workers, len(chunks))
     # What it yields are arrays, which pass through pipes: tensors take shared memory, of which containers have little.
     loader = DataLoader(
@@ -254,6 +260,10 @@ def reason_for(error: Exception) -> str:
     """Say in one line why a file cannot be read."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or its header is damaged"
+    if isinstance(error, ImageTooLarge):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, OSError) and "truncated" in str(error):
+        return "it was cut short (--data.truncated true takes it, predict --truncated)"
     return printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])

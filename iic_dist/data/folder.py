@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import warnings
@@ -15,10 +16,14 @@ import torch
 from torch import Tensor
 
 from iic_dist.data import cache as decoded_cache
-from iic_dist.data.decode import DECODER, MAX_PIXELS, Resampling, decoded_files
+from iic_dist.data.decode import DECODER, Resampling, decoded_files
+from iic_dist.data.formats import MAX_PIXELS, known_endings
 from iic_dist.data.image_set import ImageSet
-from iic_dist.data.listing import SUFFIXES, Listing, Unreadable, list_or_recall, printable
+from iic_dist.data.listing import Listing, Unreadable, left_out_line, list_or_recall
 from iic_dist.errors import UsageError
+from iic_dist.wording import counted, printable
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Reading:
     """How a folder is read: with what means, and which of its files are left out.
 
     Attributes:
-        max_pixels: A file whose header says more is not decoded (a 236 kB PNG can decode to 1.3 GB).
+        max_pixels: A file whose header says more is not decoded.
         cache: Folder where the decoded images are kept for other runs and processes; they are decoded again when a
             file comes, goes or changes its size or time of change. None: a temporary file, for this process.
         workers: Processes that decode. 0: this one does. None: one a core, at most 16.
@@ -35,6 +40,7 @@ class Reading:
         progress: Show a progress bar; off for all ranks but one.
         follow_links: Also read symbolic links that lead out of the folder.
         resampling: How the images are resized.
+        truncated: Also take files that were cut short; see `iic_dist.data.formats.opened`.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -45,6 +51,7 @@ class Reading:
     progress: bool = True
     follow_links: bool = False
     resampling: Resampling = "bilinear"
+    truncated: bool = False
 
 
 def load_folder(
@@ -58,8 +65,9 @@ def load_folder(
     """Load every image under `folder`, in any nesting, in the order of the relative paths.
 
     Each becomes RGB (see `decode_image`); if no pixel of any of them has a colour, the set has one channel.
-    Hidden files and folders, and files whose names do not end as images do, are passed over. The images are mapped
-    from a file on the disk (see `iic_dist.data.cache`), so that a set may be larger than the memory.
+    Hidden files and folders are passed over; files whose names do not end as images do are counted, but for those
+    without an ending that hold one. The images are mapped from a file on the disk (see `iic_dist.data.cache`), so
+    that a set may be larger than the memory.
 
     Args:
         folder: Where to look; ~ is expanded.
@@ -77,10 +85,13 @@ def load_folder(
     root = folder.expanduser()
     kept = None if reading.cache is None else kept_under(reading.cache, root)
     listing = find_images(folder, reading.follow_links, kept, reading.relist)
+    if reading.verify and listing.left_out:  # one process of a machine says it
+        _log.info("%s: %s", folder, left_out_line(listing.left_out))
     if labels:
         class_names_of(listing.paths, folder)  # an error now rather than after the decoding
 
-    other = [] if reading.resampling == "bilinear" else [reading.resampling]  # what was kept before stays good
+    other = [] if reading.resampling == "bilinear" else [str(reading.resampling)]  # what was kept before stays good
+    other += ["truncated"] if reading.truncated else []
     source = json.dumps([listing.digest, image_size, reading.max_pixels, DECODER, *other])
 
     def decode_into(file: BinaryIO) -> None:
@@ -93,6 +104,7 @@ def load_folder(
             reading.workers,
             reading.progress,
             reading.resampling,
+            reading.truncated,
         ) as chunks:
             decoded_cache.write(file, source, image_size, chunks)
 
@@ -105,7 +117,7 @@ def load_folder(
         unreadable.extend(problems)
     if problems and unreadable is None:
         warnings.warn(
-            f"skipped {len(problems)} of {len(problems) + len(images)} image files in {str(folder)!r}; "
+            f"skipped {len(problems)} of {counted(len(problems) + len(images), 'image file')} in {str(folder)!r}; "
             f"the first, {problems[0][0]!r}: {problems[0][1]}",
             stacklevel=2,
         )
@@ -136,11 +148,16 @@ def find_images(folder: Path, follow_links: bool, kept: str | None, relist: bool
         problem = "is not a folder" if root.exists() else "does not exist"
         raise UsageError(f"the image folder {str(folder)!r} {problem}")
     listing = list_or_recall(root, follow_links, None if kept is None else Path(f"{kept}.listing"), relist)
-    if not listing.paths and not listing.refused:
-        raise UsageError(
-            f"the image folder {str(folder)!r} holds no image file (names that end in {' '.join(SUFFIXES)})"
-        )
+    check_listing(listing, folder)
     return listing
+
+
+def check_listing(listing: Listing, folder: Path) -> None:
+    """Raise a UsageError where a folder holds no image file."""
+    if not listing.paths and not listing.refused:
+        endings = " ".join(known_endings())
+        more = f"; {left_out_line(listing.left_out)}" if listing.left_out else ""
+        raise UsageError(f"the image folder {str(folder)!r} holds no image file (names that end in {endings}){more}")
 
 
 def passed_over(folder: Path, paths: list[str], unreadable: Unreadable) -> Unreadable:
@@ -152,7 +169,7 @@ def passed_over(folder: Path, paths: list[str], unreadable: Unreadable) -> Unrea
     problems = [(printable(path), reason) for path, reason in sorted(unreadable)]
     if not paths:
         raise UsageError(
-            f"none of the {len(problems)} image files in {str(folder)!r} can be read; "
+            f"{str(folder)!r} holds {counted(len(problems), 'image file')}, and none can be read; "
             f"the first, {problems[0][0]!r}: {problems[0][1]}"
         )
     return problems

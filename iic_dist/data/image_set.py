@@ -28,6 +28,9 @@ class ImageSet:
     paths: tuple[str, ...] = ()
     checksum: int = 0
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     @property
     def num_classes(self) -> int:
         """Number of labelled classes; 0 without labels."""

@@ -1,4 +1,4 @@
-"""Which files under a folder are its images: found by name, in one order, without opening them."""
+"""Which files under a folder are its images: found by name, in one order; opened only where a name has no ending."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import json
 import os
 import stat
 import zlib
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from iic_dist.data.formats import ENDINGS, ending_of, holds_image, known_endings
 from iic_dist.files import write_whole
+from iic_dist.wording import counted, printable
 
-# fmt: off
-SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
-    ".tif", ".tiff", ".webp",
-)
-# fmt: on
+_SHOWN = 6  # endings that are named of what is left out
 
 Unreadable = list[tuple[str, str]]
 """Relative paths of what is passed over, each with the reason."""
@@ -32,11 +31,13 @@ class Listing:
         paths: Relative paths, "/" between their parts, sorted part by part.
         refused: What must not be opened, with reasons.
         digest: Another one as soon as a file comes, goes, or changes its size or its time of change.
+        left_out: Number of the other files by their ending, such as ".txt"; "" for those without.
     """
 
     paths: list[str]
     refused: Unreadable
     digest: str
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def list_or_recall(root: Path, follow_links: bool, kept: Path | None, relist: bool) -> Listing:
@@ -52,7 +53,7 @@ def list_or_recall(root: Path, follow_links: bool, kept: Path | None, relist: bo
         return recalled
     listing = list_images(root, follow_links)
     if kept is not None:
-        text = json.dumps(asdict(listing) | {"follow_links": follow_links})
+        text = json.dumps(asdict(listing) | _found_by(follow_links))
         with contextlib.suppress(OSError):  # decoded images cannot be kept there either, and that is said
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_whole(kept, f"{zlib.crc32(text.encode())}\n{text}".encode())
@@ -67,13 +68,21 @@ def _recall(kept: Path, follow_links: bool) -> Listing | None:
     if checksum != str(zlib.crc32(text.encode())):
         return None
     values = json.loads(text)
-    if values.pop("follow_links") != follow_links:
+    if any(values.get(name) != value for name, value in _found_by(follow_links).items()):
         return None
-    return Listing(values["paths"], [(path, reason) for path, reason in values["refused"]], values["digest"])
+    refused = [(path, reason) for path, reason in values["refused"]]
+    return Listing(values["paths"], refused, values["digest"], values["left_out"])
+
+
+def _found_by(follow_links: bool) -> dict[str, object]:
+    """Return what a listing depends on beside the files."""
+    return {"follow_links": follow_links, "endings": list(known_endings())}
 
 
 def list_images(root: Path, follow_links: bool) -> Listing:
-    """Find the image files under `root` by their names; hidden files and folders are passed over.
+    """Find the image files under `root` by their names, those without an ending by their content.
+
+    Hidden files and folders are passed over.
 
     Args:
         root: Where to look.
@@ -81,7 +90,8 @@ def list_images(root: Path, follow_links: bool) -> Listing:
     """
     found: dict[str, os.stat_result] = {}
     refused: Unreadable = []
-    base = os.path.realpath(root)
+    left_out = Counter[str]()
+    endings, base = known_endings(), os.path.realpath(root)
     pending = [("", False)]  # a folder, and whether a link led to it
     while pending:
         folder, linked = pending.pop()
@@ -95,7 +105,9 @@ def list_images(root: Path, follow_links: bool) -> Listing:
             path = f"{folder}/{entry.name}" if folder else entry.name
             is_link = entry.is_symlink()
             is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
-            if not is_folder and not entry.name.lower().endswith(SUFFIXES):
+            ending = ending_of(entry.name)
+            if not is_folder and ending not in endings and (ending or not _is_image(entry, base, follow_links)):
+                left_out[ending] += 1
                 continue
             problem = _link_problem(entry.path, base, follow_links, linked) if is_link else None
             if problem is not None:
@@ -105,7 +117,16 @@ def list_images(root: Path, follow_links: bool) -> Listing:
             else:
                 _take_file(path, entry, found, refused)
     paths = sorted(found, key=lambda path: path.split("/"))
-    return Listing(paths, refused, _digest(paths, found))
+    return Listing(
+        paths, refused, _digest(paths, found), dict(sorted(left_out.items(), key=lambda item: (-item[1], item[0])))
+    )
+
+
+def _is_image(entry: os.DirEntry[str], base: str, follow_links: bool) -> bool:
+    """Whether something without an ending is a file that may be read, and holds an image."""
+    if entry.is_symlink() and _link_problem(entry.path, base, follow_links, False) is not None:
+        return False
+    return entry.is_file() and holds_image(entry.path)
 
 
 def _take_file(path: str, entry: os.DirEntry[str], found: dict[str, os.stat_result], refused: Unreadable) -> None:
@@ -127,7 +148,7 @@ def _link_problem(link: str, base: str, follow_links: bool, linked: bool) -> str
     except OSError as error:
         return f"a symbolic link that leads nowhere ({error.strerror})"
     if not follow_links and os.path.commonpath([base, target]) != base:
-        return "a symbolic link out of the image folder"
+        return "a symbolic link out of the image folder (--data.follow_links true takes it, predict --follow-links)"
     if os.path.isdir(target):
         parent = os.path.realpath(os.path.dirname(link))
         if os.path.commonpath([parent, target]) == target:
@@ -142,6 +163,17 @@ def _digest(paths: list[str], found: dict[str, os.stat_result]) -> str:
     return hashlib.blake2b("".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def printable(text: str) -> str:
-    """Escape what would break a line or an encoding; a file name may hold any byte but "/" and NUL."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def listed(unreadable: Unreadable) -> str:
+    """Write files that were passed over as lines of path, tab and reason."""
+    return "".join(f"{printable(path)}\t{reason}\n" for path, reason in unreadable)
+
+
+def left_out_line(left_out: Mapping[str, int]) -> str:
+    """Say how many files of which endings are left out, the most frequent first."""
+    shown = [f"{count} {printable(ending) or 'without an ending'}" for ending, count in left_out.items()]
+    if len(shown) > _SHOWN:
+        rest = list(left_out.values())[_SHOWN:]
+        shown[_SHOWN:] = [f"{sum(rest)} of {counted(len(rest), 'other ending')}"]
+    line = f"{counted(sum(left_out.values()), 'file')} left out: {', '.join(shown)}"
+    needing = sorted(ending for ending in ENDINGS["HEIF"] if ending in left_out)
+    return line + (f"; pip install pillow-heif makes {' and '.join(needing)} readable" if needing else "")

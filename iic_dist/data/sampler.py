@@ -8,6 +8,7 @@ from torch import Tensor
 
 from iic_dist.errors import UsageError
 from iic_dist.ops.philox import permutation
+from iic_dist.wording import counted
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class Sampler:
             raise UsageError(f"the batch size must be at least 1, got {batch_size}")
         if batch_size > num_images:
             raise UsageError(
-                f"the batch size {batch_size} is larger than the data set ({num_images} images): "
+                f"the batch size {batch_size} is larger than the data set ({counted(num_images, 'image')}): "
                 f"use {num_images} or less"
             )
         if batch_size % world_size:
             raise UsageError(
-                f"the batch size {batch_size} does not divide by {world_size} ranks: "
+                f"the batch size {batch_size} does not divide by {counted(world_size, 'rank')}: "
                 + _nearest_batch_sizes(batch_size, world_size, num_images)
             )
         self.num_images = num_images

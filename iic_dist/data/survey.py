@@ -7,7 +7,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from iic_dist.data.decode import MAX_PIXELS, decode_image, header_size
+from iic_dist.data.decode import decode_image, header_size
+from iic_dist.data.formats import MAX_PIXELS
 from iic_dist.data.listing import list_or_recall
 
 _HEADERS = 256  # files whose size is read
@@ -43,23 +44,33 @@ class Survey:
         return max(1, self.num_images * self.num_read // self.num_looked_at)
 
 
-def survey(root: Path, kept: Path | None = None, relist: bool = True) -> Survey | None:
+def survey(
+    root: Path,
+    kept: Path | None = None,
+    relist: bool = True,
+    *,
+    follow_links: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    truncated: bool = False,
+) -> Survey | None:
     """Look at a folder: the sizes of some hundred images from their headers, the colours of some that are decoded.
 
     Args:
         root: The folder.
         kept, relist: As of `list_or_recall`.
+        follow_links: See `list_images`.
+        max_pixels, truncated: See `decode_image`.
 
     Returns:
         None where there is no image that can be read; loading the folder says why.
     """
     if not root.is_dir():
         return None
-    paths = list_or_recall(root, False, kept, relist).paths
-    sides = [side for path in _spread(paths, _HEADERS) if (side := _shorter_side(root / path))]
+    paths = list_or_recall(root, follow_links, kept, relist).paths
+    sides = [side for path in _spread(paths, _HEADERS) if (side := _shorter_side(root / path, max_pixels))]
     if not sides:
         return None
-    colour = any(_has_colour(root / path) for path in _spread(paths, _PIXELS))
+    colour = any(_has_colour(root / path, max_pixels, truncated) for path in _spread(paths, _PIXELS))
     return Survey(len(paths), len(sides), int(statistics.median(sides)), colour)
 
 
@@ -69,20 +80,19 @@ def _spread(paths: list[str], count: int) -> list[str]:
     return [paths[i * len(paths) // count] for i in range(count)]
 
 
-def _shorter_side(path: Path) -> int | None:
+def _shorter_side(path: Path, max_pixels: int) -> int | None:
     """Read an image's shorter side from its header; None where it cannot be read or is too large to be decoded."""
     try:
-        width, height = header_size(path)
+        return min(header_size(path, max_pixels))
     except Exception:  # a malformed file can raise nearly anything; loading names it
         return None
-    return min(width, height) if width * height <= MAX_PIXELS else None
 
 
-def _has_colour(path: Path) -> bool:
+def _has_colour(path: Path, max_pixels: int, truncated: bool) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            red, green, blue = decode_image(path, 64)
+            red, green, blue = decode_image(path, 64, max_pixels, truncated=truncated)
         except Exception:
             return False
     return bool((red != green).any() or (red != blue).any())

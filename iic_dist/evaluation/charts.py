@@ -94,9 +94,10 @@ def choices(recommendation: Recommendation) -> Figure:
     for axes in (stability, information, sizes):
         axes.set_xticks(places, [str(k) for k in ks])
         axes.set(xlabel="K", xlim=(-0.6, len(ks) - 0.4))
-        axes.axvspan(healths.index(chosen) - 0.4, healths.index(chosen) + 0.4, color="#fddbc7", zorder=0)
+        if recommendation.found:
+            axes.axvspan(healths.index(chosen) - 0.4, healths.index(chosen) + 0.4, color="#fddbc7", zorder=0)
         axes.grid(axis="y", alpha=0.3)
-    figure.suptitle(f"K = {chosen.num_clusters} is recommended", fontsize=11)
+    figure.suptitle(recommendation.title(), fontsize=11)
     return figure
 
 

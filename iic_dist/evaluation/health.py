@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from iic_dist.wording import counted
+
+_FROM_CHANCE = 2.0  # standard errors
+
 
 @dataclass(frozen=True)
 class Health:
@@ -85,7 +89,7 @@ class Health:
             f"{self.head}: information {self.information_share:.3f} ln K (entropy {self.entropy_share:.3f}, "
             f"conditional {self.entropy_share - self.information_share:.3f}), {self.used_clusters} of "
             f"{self.num_clusters} clusters used, of {self.sizes[-1]:,} to {self.sizes[0]:,} images, confidence "
-            f"{self.confidence:.3f}, agreement {self.agreement_text()} of {self.compared} sub-heads"
+            f"{self.confidence:.3f}, agreement {self.agreement_text()} of {counted(self.compared, 'sub-head')}"
         )
 
 
@@ -120,15 +124,27 @@ class Recommendation:
         choices: All of them, by K.
         chosen: One of them.
         reason: Why; of a single one there is nothing to say.
+        found: Whether it is worth taking: where none is better than chance, `chosen` is merely used.
     """
 
     choices: list[Health]
     chosen: Health
     reason: str
+    found: bool = True
 
     def as_json(self) -> list[dict[str, Any]]:
         """Return what result.json says of each of them."""
-        return [each.as_json() | {"recommended": each is self.chosen} for each in self.choices]
+        return [each.as_json() | {"recommended": self.found and each is self.chosen} for each in self.choices]
+
+    def title(self) -> str:
+        """Say which K is recommended, if one is."""
+        k = self.chosen.num_clusters
+        return f"K = {k} is recommended" if self.found else "nothing was found: no K is recommended"
+
+    def line(self) -> str:
+        """Say which K is recommended and why, or that none is."""
+        used = "" if self.found else f"; K = {self.chosen.num_clusters} is used until you choose another"
+        return f"{self.title()}: {self.reason}{used}"
 
 
 def recommend(choices: Sequence[Health]) -> Recommendation:
@@ -140,6 +156,9 @@ def recommend(choices: Sequence[Health]) -> Recommendation:
     rule of Breiman et al. (1984); the largest, because a coarser clustering that is as stable says less. A head that
     leaves clusters unused does not count, unless all do.
 
+    Where no agreement differs from chance (an ARI of 0) by two of its standard errors, or all images lie in one
+    cluster, nothing was found. Of sub-heads by chance that lets 2 to 5 in a hundred pass.
+
     Args:
         choices: One head of each K; if there are several, each with an agreement and its error.
     """
@@ -149,6 +168,10 @@ def recommend(choices: Sequence[Health]) -> Recommendation:
     complete = [choice for choice in ordered if choice.used_clusters == choice.num_clusters] or ordered
     best = max(complete, key=lambda choice: choice.measured[0])
     mean, error = best.measured
+    if not any(_differs_from_chance(choice) for choice in complete):
+        best_of = f"ARI {best.agreement_text()}, of K = {best.num_clusters}"
+        reason = f"no agreement differs from chance; the best is {best_of}"
+        return Recommendation(ordered, best, reason, found=False)
     chosen = [choice for choice in complete if choice.measured[0] >= mean - error][-1]
     if chosen is best:
         reason = f"its sub-heads agree best, ARI {best.agreement_text()}, and no larger K comes within that error"
@@ -158,3 +181,9 @@ def recommend(choices: Sequence[Health]) -> Recommendation:
             f"those of K = {best.num_clusters} with {best.agreement_text()}, and it tells more apart"
         )
     return Recommendation(ordered, chosen, reason)
+
+
+def _differs_from_chance(choice: Health) -> bool:
+    """Whether sub-heads agree more than by chance."""
+    mean, error = choice.measured
+    return choice.used_clusters > 1 and mean > _FROM_CHANCE * error

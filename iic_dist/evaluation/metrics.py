@@ -65,11 +65,11 @@ def agreeing_share(clusters: Tensor, selected: int, num_clusters: int) -> Tensor
         num_clusters: K.
 
     Returns:
-        (M,) float32 in [0, 1]; 1 where H = 1.
+        (M,) float32 in [0, 1]; NaN where H = 1, because nothing is known of others.
     """
     num_sub_heads = clusters.shape[1]
     if num_sub_heads == 1:
-        return torch.ones(len(clusters))
+        return torch.full((len(clusters),), math.nan)
     counts = count_matrix(clusters, clusters[:, selected], num_clusters, num_clusters)
     matched = torch.stack([torch.from_numpy(match_clusters(table)) for table in counts])  # (H, K)
     renamed = matched.to(clusters.device).gather(1, clusters.T).T  # (M, H)

@@ -183,7 +183,9 @@ class Clusterer:
         Raises:
             Exception: the file is malformed; Pillow raises many kinds.
         """
-        return to_channels(decode_image(Path(path), self.image_size, resampling=self.resampling), self.channels)
+        data = self.config.data
+        image = decode_image(Path(path), self.image_size, data.max_pixels, self.resampling, data.truncated)
+        return to_channels(image, self.channels)
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         if isinstance(images, ImageSet):
@@ -236,7 +238,7 @@ def load(run: str | os.PathLike[str], device: str = "auto") -> Clusterer:
         )
     state = checkpoint.load_newest(folder / "checkpoints")
     if state is None:
-        raise UsageError(f"{folder}: no checkpoint in {folder / 'checkpoints'} verifies")
+        raise UsageError(f"{folder}: {checkpoint.why_none(folder / 'checkpoints')}")
     place = choose_device(device, Place.from_environment())
     try:
         return Clusterer(config, state, place)

@@ -63,8 +63,8 @@ class IICClustering(ClusterMixin, BaseEstimator):
         labels_: (n_samples,) int64, the cluster of each row. Fewer clusters than K may be used, with a
             ConvergenceWarning; numbers have no gaps.
         confidence_: (n_samples,) the probability of that cluster, in [1/K, 1].
-        agreement_: (n_samples,) which share of the other heads agrees, in [0, 1]; 1 where n_init = 1. Where it is low,
-            the cluster hangs on the random start.
+        agreement_: (n_samples,) which share of the other heads agrees, in [0, 1]; NaN where n_init = 1. Where it is
+            low, the cluster hangs on the random start.
         n_features_in_: Columns of X.
         feature_names_in_: Their names, where X has names that are all strings.
 

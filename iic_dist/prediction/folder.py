@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from tqdm import tqdm
 from iic_dist import distributed
 from iic_dist.data.decode import reason_for
 from iic_dist.data.features import load_features
+from iic_dist.data.folder import check_listing, passed_over
+from iic_dist.data.formats import MAX_PIXELS
 from iic_dist.data.listing import list_images
 from iic_dist.errors import UsageError
 from iic_dist.prediction.clusterer import Clusterer, Prediction
@@ -30,12 +32,17 @@ class FolderPrediction:
         paths: Of each image that could be read, below `root`, in their order.
         prediction: A row for each of these.
         unreadable: (path, reason) of each of the others.
+        left_out: Number of the files that are no images by their endings, by ending.
+        max_pixels, truncated: How its files were read; see `decode_image`.
     """
 
     root: Path
     paths: list[str]
     prediction: Prediction
     unreadable: list[tuple[str, str]]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    max_pixels: int = MAX_PIXELS
+    truncated: bool = False
 
 
 def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> FolderPrediction:
@@ -56,7 +63,9 @@ def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> 
     """
     if not root.is_dir():
         raise UsageError(f"the image folder {str(root)!r} {'is not a folder' if root.exists() else 'does not exist'}")
-    listing = distributed.broadcast(list_images(root, follow_links=False))
+    data = clusterer.config.data
+    listing = distributed.broadcast(list_images(root, data.follow_links))
+    check_listing(listing, root)
     paths, unreadable = listing.paths, listing.refused
     starts = range(0, len(paths), clusterer.batch_size)
     world_size, rank = distributed.world_size(), distributed.rank()
@@ -73,10 +82,10 @@ def predict_folder(clusterer: Clusterer, root: Path, progress: bool = False) -> 
             bar.update()
     kept = list(itertools.chain(*distributed.gather_objects(kept)))
     unreadable += itertools.chain(*distributed.gather_objects(problems))
-    if not kept:
-        first = f"; the first, {unreadable[0][0]!a}: {unreadable[0][1]}" if unreadable else ""
-        raise UsageError(f"none of the {len(unreadable)} image files in {str(root)!r} can be read{first}")
-    return FolderPrediction(root, [paths[i] for i in kept], _gathered(Prediction.join(parts)), sorted(unreadable))
+    read = [paths[i] for i in kept]
+    problems = passed_over(root, read, unreadable)
+    prediction = _gathered(Prediction.join(parts))
+    return FolderPrediction(root, read, prediction, problems, listing.left_out, data.max_pixels, data.truncated)
 
 
 def predict_rows(clusterer: Clusterer, file: Path) -> FolderPrediction:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -19,10 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from iic_dist.data.decode import decode_image, header_size
+from iic_dist.data.formats import MAX_PIXELS
 from iic_dist.files import write_whole
 from iic_dist.prediction.clusterer import Prediction
 from iic_dist.prediction.folder import FolderPrediction
 from iic_dist.prediction.nearest import surroundings
+from iic_dist.wording import printable
 
 THUMBNAIL = 96
 """Side of the images on the page, pixels; one of a smaller image has its own size."""
@@ -60,13 +63,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Card:
-    """A cluster on the page, of no name or one; confidence and agreement are means over its images."""
+    """A cluster on the page, of no name or one; confidence and agreement are means over its images.
+
+    The agreement is None where there is one sub-head.
+    """
 
     cluster: int
     name: str
     size: int
     confidence: float
-    agreement: float
+    agreement: float | None
     typical: list[Picture]
     doubtful: list[Picture]
 
@@ -102,17 +108,18 @@ def page(found: FolderPrediction, agreement: Tensor, num_clusters: int, names: M
     cards = []
     for cluster in order:
         typical, doubtful = ([of_image[image] for image in kind] for kind in chosen[cluster])
-        confidence, agreed = (float(of[members[cluster]].mean()) for of in (prediction.confidence, agreement))
+        confidence, agreed = (_mean(of[members[cluster]]) for of in (prediction.confidence, agreement))
+        assert confidence is not None
         cards.append(
             Card(cluster, names.get(cluster, ""), len(members[cluster]), confidence, agreed, typical, doubtful)
         )
     return _render(
-        folder=_text(str(found.root)),
+        folder=printable(str(found.root)),
         num_images=len(found.paths),
         num_clusters=num_clusters,
         num_unreadable=len(found.unreadable),
         confidence=float(prediction.confidence.mean()),
-        agreement=float(agreement.mean()),
+        agreement=_mean(agreement),
         empty=sorted(set(range(num_clusters)) - set(order)),
         largest=max(card.size for card in cards),
         cards=cards,
@@ -178,12 +185,17 @@ def shown(prediction: Prediction, members: Tensor, each: int) -> tuple[list[int]
     return members[torch.from_numpy(nearest)].tolist(), members[torch.from_numpy(least_sure)].tolist()
 
 
-def thumbnail(path: Path) -> tuple[str, int]:
-    """Return an image as a data URI, the part of it that the network sees, and its side in pixels."""
+def thumbnail(path: Path, max_pixels: int = MAX_PIXELS, truncated: bool = False) -> tuple[str, int]:
+    """Return an image as a data URI, the part of it that the network sees, and its side in pixels.
+
+    Args:
+        path: Its file.
+        max_pixels, truncated: See `decode_image`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        side = min(THUMBNAIL, *header_size(path))
-        pixels = decode_image(path, side).permute(1, 2, 0).numpy()
+        side = min(THUMBNAIL, *header_size(path, max_pixels))
+        pixels = decode_image(path, side, max_pixels, truncated=truncated).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     kind = "png" if side < _SMALL else "jpeg"
     Image.fromarray(pixels).save(buffer, kind, optimize=True, **({"quality": 80} if kind == "jpeg" else {}))
@@ -195,18 +207,20 @@ def _pictures(found: FolderPrediction, images: Sequence[int]) -> list[Picture]:
         warnings.catch_warnings(),  # puts back what the threads, which turn warnings off and on, leave behind
         ThreadPoolExecutor(max(2, torch.get_num_threads())) as pool,
     ):
-        thumbnails = list(pool.map(thumbnail, (found.root / found.paths[image] for image in images)))
+        read = partial(thumbnail, max_pixels=found.max_pixels, truncated=found.truncated)
+        thumbnails = list(pool.map(read, (found.root / found.paths[image] for image in images)))
     pictures = []
     for place, (image, (source, side)) in enumerate(zip(images, thumbnails, strict=True)):
-        path = _text(found.paths[image])
+        path = printable(found.paths[image])
         cluster, confidence = int(found.prediction.clusters[image]), float(found.prediction.confidence[image])
         pictures.append(Picture(source, path, path.rsplit("/", 1)[-1], cluster, confidence, side < _SMALL, place))
     return pictures
 
 
-def _text(path: str) -> str:
-    """Turn a file name into text that UTF-8 can hold."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def _mean(values: Tensor) -> float | None:
+    """Return the mean; None where it is unknown."""
+    mean = float(values.mean())
+    return None if math.isnan(mean) else mean
 
 
 def _unit(vector: Tensor) -> np.ndarray:

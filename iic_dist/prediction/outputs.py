@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,13 +27,13 @@ class Row:
         path: Below the image folder; bytes that are not UTF-8 as surrogates, as Python reads file names.
         cluster: In [0, K).
         confidence: Its probability, in (0, 1].
-        agreement: Share of the other sub-heads that agree, in [0, 1].
+        agreement: Share of the other sub-heads that agree, in [0, 1]; None where there are no others.
     """
 
     path: str
     cluster: int
     confidence: float
-    agreement: float
+    agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def rows(
     """Yield the table's rows, with the names of their clusters where there are names; the floats with six digits."""
     columns = (clusters.tolist(), confidence.tolist(), agreement.tolist())
     for path, cluster, sure, agreed in zip(paths, *columns, strict=True):
-        values = path, cluster, round(sure, 6), round(agreed, 6)
+        values = path, cluster, round(sure, 6), None if math.isnan(agreed) else round(agreed, 6)
         yield Row(*values) if names is None else NamedRow(*values, names.get(cluster))
 
 
@@ -100,7 +101,8 @@ def write_table(path: Path, table: Sequence[Row]) -> None:
 
     .csv: UTF-8 with a header, quoted where it must be. .jsonl: an object a line. .parquet: zstd-compressed columns.
     A path that is not UTF-8 keeps its bytes in .csv (read it with errors="surrogateescape") and .jsonl; Parquet has
-    no such strings, there it gets \\xNN in their place. No name is an empty one in .csv, null in the others.
+    no such strings, there it gets \\xNN in their place. No name, or no agreement,
+    is empty in .csv, null in the others.
 
     Args:
         path: The file.
@@ -122,7 +124,8 @@ def _write_csv(path: Path, table: Sequence[Row]) -> None:
         for row in table:
             writer = quoted if "\r" in row.path else plain  # before Python 3.13 a lone \r got no quotes
             name = (row.name or "",) if isinstance(row, NamedRow) else ()
-            writer.writerow((row.path, row.cluster, f"{row.confidence:.6f}", f"{row.agreement:.6f}", *name))
+            agreement = "" if row.agreement is None else f"{row.agreement:.6f}"
+            writer.writerow((row.path, row.cluster, f"{row.confidence:.6f}", agreement, *name))
 
 
 def _write_jsonl(path: Path, table: Sequence[Row]) -> None:

@@ -160,6 +160,13 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     return _load_first(available(folder))
 
 
+def why_none(folder: Path, *, best: bool = False) -> str:
+    """Say why `load_newest`, or `load_best`, has found nothing in a folder."""
+    if not available(folder):
+        return f"no checkpoint in {folder} yet; one comes every train.checkpoint_every epochs, and at the end"
+    return f"no checkpoint in {folder} {'has a loss and verifies' if best else 'verifies'}"
+
+
 def load_best(folder: Path) -> dict[str, Any] | None:
     """Read the checkpoint of lowest loss that verifies, on the CPU; None where there is none with a loss."""
     return _load_first(best_first(available(folder)))

@@ -11,6 +11,7 @@ from iic_dist.config.weights import with_weights
 from iic_dist.device import choose_device, use_threads
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
+from iic_dist.training import checkpoint
 from iic_dist.training.open import open_trainer
 from iic_dist.training.run_folder import settings_of
 
@@ -26,7 +27,7 @@ def evaluate_run(run: Path, place: Place, changes: Sequence[str] = (), best: boo
         best: Take the checkpoint of lowest loss instead of the newest.
 
     Raises:
-        UsageError: there is no such run, or it has no checkpoint that verifies.
+        UsageError: there is no such run, or it has no checkpoint that can be loaded.
 
     Collective: all ranks must call.
     """
@@ -36,7 +37,6 @@ def evaluate_run(run: Path, place: Place, changes: Sequence[str] = (), best: boo
     distributed.start(place, device, config.run.start_timeout_minutes)
     trainer = open_trainer(with_weights(config, place, lambda line: None), place, device)
     if not trainer.resume(run, best=best):
-        which = "with a loss" if best else "that verifies"
-        raise UsageError(f"--run {run}: there is no checkpoint {which} in {run / 'checkpoints'}")
+        raise UsageError(f"--run {run}: {checkpoint.why_none(run / 'checkpoints', best=best)}")
     distributed.set_timeout(config.run.timeout_minutes)
     return trainer.evaluate()

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from iic_dist import distributed
 from iic_dist.data.decode import Decoded, Resampling, chunk_size, decoded_files
 from iic_dist.data.features import Embedded
+from iic_dist.data.formats import MAX_PIXELS
 from iic_dist.data.listing import Unreadable
 from iic_dist.data.source import ImageSource
 from iic_dist.device import exact_device
@@ -137,6 +138,8 @@ def embed_files(
     *,
     image_size: int,
     resampling: Resampling = "bilinear",
+    max_pixels: int = MAX_PIXELS,
+    truncated: bool = False,
     workers: int | None = 0,
     batch_size: int | None = None,
     progress: bool = False,
@@ -148,7 +151,7 @@ def embed_files(
         root: What the paths are relative to.
         paths: Of all files, for every rank.
         image_size: Side that the images are decoded at, pixels.
-        resampling: See `decode_image`.
+        resampling, max_pixels, truncated: See `decode_image`.
         workers: Processes that decode beside the network. 0: this one does.
         batch_size: Images of one forward pass, in whole chunks of `decoded_files`; None for `embed.batch_size`.
         progress: Show a progress bar.
@@ -164,7 +167,9 @@ def embed_files(
         embed.at_work(),
         warnings.catch_warnings(),
         _Bar(len(paths), len(part), progress) as bar,
-        decoded_files(root, part, image_size, workers=workers, resampling=resampling) as chunks,
+        decoded_files(
+            root, part, image_size, max_pixels, workers=workers, resampling=resampling, truncated=truncated
+        ) as chunks,
     ):
         warnings.simplefilter("ignore")  # where this process decodes: Pillow warns of oddities that it reads
         ahead: Embedded | None = None  # its features are still being computed, on a GPU

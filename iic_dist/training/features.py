@@ -23,11 +23,11 @@ from iic_dist import distributed
 from iic_dist.config import Config
 from iic_dist.config.build import build_views, load_data
 from iic_dist.data import cache
-from iic_dist.data.decode import DECODER, MAX_PIXELS, count_workers
+from iic_dist.data.decode import DECODER, count_workers
 from iic_dist.data.features import PREFIX, Embedded, FeatureSet, load_features, write_features
 from iic_dist.data.folder import class_names_of, find_images, kept_under, labels_of, passed_over
 from iic_dist.data.image_set import ImageSet
-from iic_dist.data.listing import Listing, printable
+from iic_dist.data.listing import Listing, left_out_line
 from iic_dist.data.source import place_images
 from iic_dist.device import exact_device
 from iic_dist.distributed import Place
@@ -35,6 +35,7 @@ from iic_dist.errors import UsageError
 from iic_dist.files import sync_folder
 from iic_dist.models import build_backbone
 from iic_dist.training.extract import Embedder, embed_files, extract_images
+from iic_dist.wording import printable
 
 _log = logging.getLogger(__name__)
 _ROWS = 2**25  # bytes of features that go from one rank to the others at a time
@@ -133,8 +134,10 @@ def _of_folder(config: Config, place: Place, device: torch.device) -> RunFeature
     folder = Path(data.name.removeprefix("folder:"))
     kept = kept_under(Path(data.cache or f"{data.root}/decoded"), folder.expanduser())
     listing = distributed.broadcast(
-        find_images(folder, False, kept, data.relist) if place.is_main else Listing([], [], "")
+        find_images(folder, data.follow_links, kept, data.relist) if place.is_main else Listing([], [], "")
     )
+    if place.is_main and listing.left_out:
+        _log.info("%s: %s", folder, left_out_line(listing.left_out))
     if data.folder_labels:
         class_names_of(listing.paths, folder)  # an error now rather than after the work
     network = _network(config, device)
@@ -172,7 +175,8 @@ def _network(config: Config, device: torch.device) -> str:
         [
             *(model.backbone, model.weights_digest, data.image_size, data.channels, data.resampling),
             *(views.policy, views.size, views.crop_sides, views.sobel, views.mean, views.std),
-            *(config.train.precision, device.type, str(_kept_as(config)), MAX_PIXELS, DECODER),
+            *(config.train.precision, device.type, str(_kept_as(config)), data.max_pixels, DECODER),
+            *(["truncated"] if data.truncated else []),  # what was kept before stays good
         ]
     )
 
@@ -208,6 +212,8 @@ def _embedded(
         listing.paths,
         image_size=image_size,
         resampling=config.data.resampling or "bilinear",
+        max_pixels=config.data.max_pixels,
+        truncated=config.data.truncated,
         workers=count_workers(config.data.workers, place.local_world_size),
         progress=config.monitor.progress and place.is_main,
     )

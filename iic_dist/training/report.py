@@ -19,6 +19,7 @@ from iic_dist.losses import IICTerms
 from iic_dist.models import ClusterNet
 from iic_dist.training.monitor import Monitor
 from iic_dist.views.views import Views
+from iic_dist.wording import counted, printable
 
 PROJECTED = 1000
 """Images in TensorBoard's projector."""
@@ -70,7 +71,7 @@ def result_lines(result: Mapping[str, Any], recommendation: Recommendation) -> l
     """Say what an evaluation adds to the health of the heads: which K is recommended, and how right it is."""
     lines = []
     if recommendation.reason:
-        lines.append(f"K = {recommendation.chosen.num_clusters} is recommended: {recommendation.reason}")
+        lines.append(recommendation.line())
     if result["accuracy"] is not None:
         lines.append(f"accuracy {result['accuracy']['selected']:.4f} (selected sub-head)")
     return lines
@@ -177,8 +178,8 @@ def show_embedding(
 def summary(result: Mapping[str, Any]) -> str:
     """Put result.json into two lines."""
     lines = (
-        f"{result['data']}: {result['num_images']} images, {result['num_clusters']} clusters, "
-        f"{result['epochs']} epochs, {result['world_size']} rank(s), seed {result['seed']}, "
+        f"{printable(result['data'])}: {counted(result['num_images'], 'image')}, {result['num_clusters']} clusters, "
+        f"{counted(result['epochs'], 'epoch')}, {counted(result['world_size'], 'rank')}, seed {result['seed']}, "
         f"{result['train_seconds']} s of training"
     )
     if result["images_per_second"] is not None:

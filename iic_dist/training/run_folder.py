@@ -15,6 +15,7 @@ from iic_dist import distributed
 from iic_dist.config import Config
 from iic_dist.config.command_line import parse
 from iic_dist.config.console import say
+from iic_dist.data.listing import listed
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.files import write_whole
@@ -23,6 +24,7 @@ from iic_dist.training.feature_trainer import FeatureTrainer
 from iic_dist.training.resume import PREEMPTED
 from iic_dist.training.stages import STAGES
 from iic_dist.training.trainer import Trainer
+from iic_dist.wording import counted
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,8 @@ def open_folder(
         write_whole(path / CONFIG, trainer.config.to_yaml().encode())
         (path / PREEMPTED).unlink(missing_ok=True)
         if unreadable := trainer.data.unreadable:
-            lines = "".join(f"{path}\t{reason}\n" for path, reason in unreadable)
-            write_whole(path / "unreadable.txt", lines.encode())
-            say(place, f"{len(unreadable)} unreadable files, named in {path / 'unreadable.txt'}")
+            write_whole(path / "unreadable.txt", listed(unreadable).encode())
+            say(place, f"{counted(len(unreadable), 'unreadable file')}, named in {path / 'unreadable.txt'}")
 
 
 def _changes(before: Config, now: Config) -> list[Change]:

@@ -24,6 +24,7 @@ from iic_dist.losses.step import Terms
 from iic_dist.models import on_device
 from iic_dist.models.feature_heads import keep_selected, load_network
 from iic_dist.training import report, resume, stages
+from iic_dist.training.forecast import Forecast, advice
 from iic_dist.training.inputs import Inputs
 from iic_dist.training.learner import Learner
 from iic_dist.training.monitor import Monitor
@@ -123,6 +124,8 @@ class Trainer(StagedRun):
         """Train the epochs of the course that are not done yet."""
         train, result, last = self.config.train, None, self.course.last_epoch
         total, done = self.course.total_steps, self.step - self.course.first_step
+        option = "--train.epochs" if self.stage == "representation" else "--refine.epochs"
+        self._forecast = Forecast(advice(option, self.config.model.backbone, self.device.type))
         with self._progress(total, done, "step") as bar:
             while self.epoch < last:
                 self._train_epoch(folder, monitor, bar)
@@ -152,6 +155,7 @@ class Trainer(StagedRun):
                 terms = self.train_step(each, position)
                 self._took_a_step()
                 bar.update()
+                self._tell_how_long(bar)
                 if self.step % self.config.monitor.log_every == 0:
                     self._log(monitor, bar, each, terms, (self.step - before) / (time.perf_counter() - started))
                 self.learner.guard.heed(leave=1)
@@ -162,6 +166,14 @@ class Trainer(StagedRun):
             self.learner.guard.heed(leave=0)
         finally:
             self._lap()
+
+    def _tell_how_long(self, bar: tqdm[Any]) -> None:
+        """Say after the first steps how long the others take, those of the last stage too, where that is hours."""
+        left = self.course.first_step + self.course.total_steps - self.step
+        if self.stage == "representation":
+            left += self.config.refine.epochs * (len(self.data.train.images) // self.config.data.batch_size)
+        if (line := self._forecast.after_step(left)) is not None and self.place.is_main:
+            bar.write(line)
 
     def _log(self, monitor: Monitor, bar: tqdm[Any], each: Pass, terms: Terms, steps_per_second: float) -> None:
         """Read the numbers of the last step, and so wait for the device."""

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from iic_dist.config import Config
-from iic_dist.config.check import check
+from iic_dist.config.check import check, doubt_about_clusters
 from iic_dist.config.command_line import parse
 from iic_dist.errors import UsageError
 
@@ -83,3 +83,25 @@ def test_null_is_refused_where_it_means_nothing(name: str) -> None:
     setattr(getattr(config, group), field, None)
     with pytest.raises(UsageError, match=f"^{name}=None: must be given$"):
         check(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "says"),
+    [
+        ([], 1797, None),
+        (["--model.num_clusters", "10"], 10, None),
+        (["--model.num_clusters", "11"], 10, "model.num_clusters=11 of 10 images: 1 or more will stay empty"),
+        (["--model.num_clusters", "5,70"], 64, "model.num_clusters=70 of 64 images: 6 or more will stay empty"),
+        (
+            ["--model.num_clusters", "257", "--data.batch_size", "256"],
+            1797,
+            "model.num_clusters=257 is above data.batch_size=256: no step sees all clusters",
+        ),
+    ],
+)
+def test_more_clusters_than_images_are_one_warning(options: list[str], images: int, says: str | None) -> None:
+    """Nothing was said of clusters that must stay empty, or that no step can show together."""
+    config = parse(options)
+    config.model.num_clusters = config.model.num_clusters or 10
+    doubt = doubt_about_clusters(config, images)
+    assert doubt is None if says is None else (doubt or "").startswith(says)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,34 @@ def test_the_yaml_of_a_config_reads_back(tmp_path: Path) -> None:
     assert parse(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "folder:ph\udce9 ü",
+            "\udcff",
+            "folder:line\nfeed",
+            "folder:\x1b[31m",
+            "folder:\u202e",
+            "folder:\x85",
+            "folder:😀",
+        ),
+        *("folder: a: b #c", "folder:[x]", "!!binary eA==", "null", "1,2"),
+    ],
+    ids=ascii,
+)
+def test_any_name_reads_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML has no text for a name that is not UTF-8: what was written of it, no command could read."""
+    config = parse(["--data.name", name, "--run.root", name, "--model.num_clusters", "3"])
+    assert (config.data.name, config.run.root) == (name, name)
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
+    with pytest.raises(SystemExit):
+        parse(["--data.name", name, "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert parse(["--config", str(tmp_path / "printed.yaml")]).data.name == name
+
+
 def test_the_heads_follow_from_their_sizes() -> None:
     config = Config()
     assert config.heads == ("clustering",)
@@ -109,6 +139,46 @@ def test_a_mistake_is_one_line_that_quotes_it(arguments: list[str], says: str) -
     with pytest.raises(UsageError, match=says) as caught:
         parse(arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_of_the_wrong_type_is_said_in_words() -> None:
+    """The types of Python stood in the line, and for settings that may be left out a dump of all of them."""
+    for group, fields in Config().__dict__.items():
+        kinds = typing.get_type_hints(type(fields))
+        for name in dataclasses.asdict(fields):
+            if str in (kinds[name], *typing.get_args(kinds[name])):
+                continue
+            with pytest.raises(UsageError) as caught:
+                parse([f"--{group}.{name}", "?!"])
+            line = str(caught.value)
+            assert line.startswith(f"{group}.{name}=?!: must be ")
+            assert not re.search("class|typing|Union|None|Expected", line)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--data.channels 2", "data.channels=2: must be 1 or 3"),
+        (
+            "--model.num_clusters 5,x",
+            "model.num_clusters=[5, 'x']: must be a whole number or several",
+        ),
+        ("--views.crop_area 1,2,3", "views.crop_area=[1, 2, 3]: must be 2 numbers, as in 0.2,1"),
+        ("--run.device tpu", "run.device=tpu: must be auto, cpu or cuda"),
+        ("--views.sobel maybe", "views.sobel=maybe: must be true or false"),
+        ("--views.mean 1,b", "views.mean=[1.0, 'b']: must be several numbers"),
+    ],
+)
+def test_what_a_setting_may_be(options: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(options.split())
+    assert str(caught.value).startswith(says)
+
+
+def test_a_value_of_the_wrong_type_in_a_file_is_said_in_words(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("data: {batch_size: many}")
+    with pytest.raises(UsageError, match=r"^data.batch_size=many: must be a whole number"):
+        parse(["--config", str(tmp_path / "own.yaml")])
 
 
 def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:

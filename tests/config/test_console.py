@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 from pathlib import Path
 
 import pytest
 
 from iic_dist import distributed
-from iic_dist.config.console import errors_in_one_line, run_option, say
+from iic_dist.config.console import Parser, errors_in_one_line, log_to_console, run_option, say
 from iic_dist.distributed import Place
 from iic_dist.errors import RunError, UsageError
 
@@ -99,3 +100,26 @@ def test_a_run_has_two_options(option: str) -> None:
     assert parser.parse_args([option, "runs/one"]).run == Path("runs/one")
     with pytest.raises(SystemExit):
         parser.parse_args([])
+
+
+def test_names_that_a_shell_has_put_among_the_options_are_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        Parser(prog="predict").parse_args(["one\x1b[31m\udce9.png"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("error: unrecognized arguments: one\\x1b[31m\\xe9.png\n")
+
+
+def test_lines_keep_what_is_printable_and_escape_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    say(MAIN, "ü ± 日本", "a\nb\x1b\udce9")
+    assert capsys.readouterr().out == "ü ± 日本\na\\nb\\x1b\\xe9\n"
+
+
+def test_log_lines_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before, root.handlers[:] = root.handlers[:], []
+    try:
+        log_to_console()
+        logging.getLogger("iic_dist.test").warning("checkpoint %s is damaged", "a\nb\x1b")
+    finally:
+        root.handlers[:] = before
+    assert capsys.readouterr().err == "checkpoint a\\nb\\x1b is damaged\n"

@@ -102,5 +102,5 @@ def test_every_kind_is_as_hopeless_as_it_says(tmp_path):
             folder = tmp_path / str(number)
             folder.mkdir()
             (folder / name).write_bytes(content)
-            with pytest.raises(ValueError, match="none of the 1 image files"):
+            with pytest.raises(ValueError, match="holds 1 image file, and none"):
                 load_images(folder, unreadable=[])

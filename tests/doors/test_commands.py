@@ -51,7 +51,7 @@ def test_a_run_on_two_ranks_is_the_run_on_one_and_can_be_evaluated_again(tmp_pat
     assert results[0]["accuracy"] == results[1]["accuracy"]
     assert f"accuracy {results[1]['accuracy']['selected']:.4f}" in two.stdout
     assert "tensorboard --logdir runs" in two.stdout
-    assert two.stdout.count("runs/two: 2 rank(s) on cpu") == 1
+    assert two.stdout.count("runs/two: 2 ranks on cpu") == 1
 
     again = run("iic_dist.evaluate", "--run", "runs/two", "--json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr

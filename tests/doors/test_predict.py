@@ -70,6 +70,25 @@ def test_table_and_page_of_a_run_of_later_stages(
     assert "cluster" in (tmp_path / "g.html").read_text()
 
 
+def test_the_agreement_of_one_sub_head_is_unknown(
+    refined_run: Path,
+    gray_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was printed as 1.000, in the table and on the page too; a refined run keeps one sub-head."""
+    for ending in ("csv", "jsonl"):
+        outputs = ("--output", tmp_path / f"c.{ending}", "--gallery", tmp_path / "g.html")
+        call(monkeypatch, "--run", refined_run, "--images", gray_images, *outputs)
+        assert ", agreement unknown of 1 sub-head\n" in capsys.readouterr().out
+    assert {row["agreement"] for row in table(tmp_path / "c.csv")} == {""}
+    assert '"agreement": null' in (tmp_path / "c.jsonl").read_text()
+    page = (tmp_path / "g.html").read_text()
+    assert "mean agreement unknown of 1 sub-head" in " ".join(page.split())
+    assert "nan" not in page.partition("<main>")[2].partition("<script")[0].replace("data:", "").lower().split()
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_four_ranks_say_the_same_bit_for_bit(ranks: Ranks, gray_run: Path, gray_images: Path, tmp_path: Path) -> None:
     """90 images in batches of 16: six batches on four ranks. 18 of them cannot be read."""
@@ -210,8 +229,11 @@ def test_unreadable_files_are_listed(
         ),
         (["--output", "c.csv", "--run", "nowhere"], "nowhere: not a run"),
         (["--output", "c.csv", "--images", "missing"], "'missing' does not exist"),
-        (["--output", "c.csv", "--images", "full"], "none of the 1 image files in 'full' can be read; the first"),
-        (["--output", "c.csv", "--images", "images"], "none of the 0 image files"),
+        (
+            ["--output", "c.csv", "--images", "full"],
+            "'full' holds 1 image file, and none can be read; the first",
+        ),
+        (["--output", "c.csv", "--images", "images"], "the image folder 'images' holds no image file"),
     ],
 )
 def test_a_mistake_is_one_line(

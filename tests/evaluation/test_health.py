@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.metrics import adjusted_rand_score
 
 from iic_dist.evaluation.health import Health, mean_agreement, recommend
 
@@ -60,7 +61,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
         ([health(20, 0.949), health(5, 0.95, 0.001), health(8, 0.9)], 20, "K = 5"),
         ([health(5, 0.7), health(10, 0.99, used_clusters=4)], 5, "agree best"),
         ([health(5, 0.7, used_clusters=2), health(10, 0.9, used_clusters=4)], 10, "agree best"),
-        ([health(5, 0.0, 0.0), health(10, -0.1, 0.0)], 5, "agree best"),
+        ([health(5, 0.2, 0.0), health(10, -0.1, 0.0)], 5, "agree best"),
     ],
 )
 def test_the_largest_k_that_agrees_as_well_as_the_best_is_recommended(
@@ -71,6 +72,44 @@ def test_the_largest_k_that_agrees_as_well_as_the_best_is_recommended(
     assert says in recommendation.reason
     assert [each.num_clusters for each in recommendation.choices] == sorted(each.num_clusters for each in choices)
     assert recommend(choices[::-1]) == recommendation
+
+
+@pytest.mark.parametrize(
+    ("choices", "best"),
+    [
+        ([health(5, 0.0, 0.0), health(10, -0.1, 0.0)], 5),
+        ([health(5, 0.01, 0.02), health(10, 0.02, 0.01), health(20, -0.01)], 10),
+        ([health(5, 0.3, 0.2), health(10, 0.2, 0.1)], 5),
+        ([health(5, 1.0, 0.0, used_clusters=1), health(10, 1.0, 0.0, used_clusters=1)], 5),  # collapsed, all of them
+    ],
+)
+def test_where_no_agreement_differs_from_chance_nothing_is_recommended(choices: list[Health], best: int) -> None:
+    """A K was recommended with an agreement of 0.01 ± 0.02."""
+    recommendation = recommend(choices)
+    assert not recommendation.found
+    assert recommendation.chosen.num_clusters == best  # something must be used
+    assert [each["recommended"] for each in recommendation.as_json()] == [False] * len(choices)
+    assert recommendation.line().startswith(
+        "nothing was found: no K is recommended: no agreement differs from chance; "
+    )
+    assert recommendation.line().endswith(f"of K = {best}; K = {best} is used until you choose another")
+    assert recommend(choices[::-1]) == recommendation
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.5])
+def test_sub_heads_of_chance_are_told_from_those_that_found_something(signal: float) -> None:
+    """Of sub-heads by chance alone a K is recommended in few cases, of those that found something in all."""
+    draw = np.random.default_rng(0)
+    found = 0
+    for _ in range(60):
+        choices = []
+        for k in (3, 5, 8):
+            truth = draw.integers(0, k, 150)
+            heads = [np.where(draw.random(150) < signal, truth, draw.integers(0, k, 150)) for _ in range(4)]
+            ari = np.array([[adjusted_rand_score(one, other) for other in heads] for one in heads])
+            choices.append(health(k, *mean_agreement(ari), compared=4))
+        found += recommend(choices).found
+    assert found == 60 if signal else found <= 5
 
 
 def test_a_single_head_is_chosen_without_a_word() -> None:

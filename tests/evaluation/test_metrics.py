@@ -142,8 +142,9 @@ def test_agreement_after_matching_is_that_of_scipy_by_hand() -> None:
     assert 0.5 < expected.mean() < 0.95
 
 
-def test_agreement_of_one_sub_head_is_whole() -> None:
-    assert agreeing_share(torch.tensor([[0], [2]]), 0, 3).tolist() == [1.0, 1.0]
+def test_agreement_of_one_sub_head_is_unknown() -> None:
+    """It was said to be 1.000."""
+    assert agreeing_share(torch.tensor([[0], [2]]), 0, 3).isnan().tolist() == [True, True]
 
 
 def test_sub_heads_are_compared_as_scikit_learn_compares_them() -> None:

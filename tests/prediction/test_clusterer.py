@@ -174,7 +174,11 @@ def test_a_folder_that_is_no_run_is_named(gray_run: Path, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="not a run"):
         iic_dist.load(tmp_path)
     shutil.copy(gray_run / "config.yaml", tmp_path)
-    with pytest.raises(UsageError, match="no checkpoint"):
+    with pytest.raises(UsageError, match=r"no checkpoint in .* yet; one comes every train.checkpoint_every epochs"):
+        iic_dist.load(tmp_path)  # "no checkpoint verifies" was said of a run that had none yet
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "epoch_00001_step_00000001.pt").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match=r"no checkpoint in .* verifies$"):
         iic_dist.load(tmp_path)
     (tmp_path / "config.yaml").write_text("data: {name: digits}")
     with pytest.raises(UsageError, match="lacks data.image_size"):

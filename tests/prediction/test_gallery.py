@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html.parser
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from small_runs import ODD_NAMES, made_up, write_odd_names
 
 from iic_dist.prediction import gallery
 from iic_dist.prediction.folder import FolderPrediction
+from iic_dist.wording import printable
 
 
 class Page(html.parser.HTMLParser):
@@ -99,10 +101,10 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert len(images) == len(ODD_NAMES)
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     names = {image["alt"].split(": ", 1)[1] for image in images}
-    assert names == {name.decode("utf-8", "backslashreplace") for name in ODD_NAMES}
+    assert names == {printable(os.fsdecode(name)) for name in ODD_NAMES}
     assert "{{ 7 * 7 }}" in text
     assert "Without images: 2." in text
-    assert "1 files could not be read" in text
+    assert "1 file could not be read" in text
     assert len(page.scripts) == 3  # what is known of the clusters, of the nearest images, and the page's own
     assert json.loads(page.scripts[0])["names"] == {"0": typed, "2": "]]>"}
     [first, second] = [field["value"] for field in page.named("input") if field.get("class") == "name"]
@@ -176,7 +178,7 @@ def test_the_page_is_bounded_for_100_000_images(
     """Noise of 96 pixels compresses worst."""
     Image.effect_noise((96, 96), 255).convert("RGB").save(tmp_path / "noise.png")
     largest = gallery.thumbnail(tmp_path / "noise.png")
-    monkeypatch.setattr(gallery, "thumbnail", lambda path: largest)
+    monkeypatch.setattr(gallery, "thumbnail", lambda path, **reading: largest)
     clusters = torch.arange(100_000) % num_clusters
     paths = [f"images/{number:06}.png" for number in range(100_000)]
     found = FolderPrediction(tmp_path, paths, made_up(clusters, num_clusters), [])

@@ -14,14 +14,14 @@ from iic_dist.prediction.outputs import Row
 
 def test_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    rows = [Row("a/b.png", 3, 0.25, 1.0), Row(os.fsdecode(b"latin-\xe9.png"), 0, 0.5, 0.0)]
+    rows = [Row("a/b.png", 3, 0.25, 1.0), Row(os.fsdecode(b"latin-\xe9.png"), 0, 0.5, None)]
     outputs.write_table(tmp_path / "c.parquet", rows)
     read = parquet.read_table(tmp_path / "c.parquet").to_pydict()
     assert read == {
         "path": ["a/b.png", "latin-\\xe9.png"],
         "cluster": [3, 0],
         "confidence": [0.25, 0.5],
-        "agreement": [1.0, 0.0],
+        "agreement": [1.0, None],
     }
 
 

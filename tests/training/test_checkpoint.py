@@ -218,3 +218,12 @@ def test_only_tensors_and_plain_values_are_read(tmp_path: Path, caplog: pytest.L
     checkpoint.save(tmp_path, 2, 20, {"step": 20, "evil": Path("/")})
     assert newest_step(tmp_path) == 1
     assert "epoch_00002_step_00000020.pt is damaged and passed over: torch refuses it" in caplog.text
+
+
+def test_none_yet_is_not_none_that_verifies(tmp_path: Path) -> None:
+    """Of a run that had not saved yet it was said that no checkpoint verifies."""
+    assert checkpoint.why_none(tmp_path).startswith(f"no checkpoint in {tmp_path} yet; one comes every ")
+    assert checkpoint.why_none(tmp_path / "checkpoints", best=True).startswith("no checkpoint in ")
+    (tmp_path / "epoch_00001_step_00000001.pt").write_bytes(b"damaged")
+    assert checkpoint.why_none(tmp_path) == f"no checkpoint in {tmp_path} verifies"
+    assert checkpoint.why_none(tmp_path, best=True) == f"no checkpoint in {tmp_path} has a loss and verifies"

@@ -288,7 +288,7 @@ def test_a_folder_of_which_nothing_can_be_read(tmp_path: Path, weights: Path) ->
     folder.mkdir()
     (folder / "bad.png").write_bytes(b"bad")
     config = config_of(f"folder:{folder}", weights, tmp_path / "cache")
-    with pytest.raises(UsageError, match=r"none of the 1 image files .* can be read") as error:
+    with pytest.raises(UsageError, match=r"holds 1 image file, and none can be read") as error:
         load_run_features(config, Place(), CPU)
     assert "\n" not in str(error.value)
 
