@@ -10,6 +10,7 @@ import torch
 
 from iic_dist import distributed
 from iic_dist.config import Config
+from iic_dist.config.arithmetic import for_device, name_of_arithmetic
 from iic_dist.config.command_line import parse
 from iic_dist.config.console import errors_in_one_line, log_to_console, say
 from iic_dist.config.folder import choose
@@ -23,7 +24,7 @@ from iic_dist.ops import iic, nt_xent
 from iic_dist.training import report
 from iic_dist.training.feature_trainer import FeatureTrainer
 from iic_dist.training.open import open_trainer
-from iic_dist.training.run_folder import open_folder
+from iic_dist.training.run_folder import open_folder, settings_of_unfinished
 from iic_dist.training.stop import StopSignals
 from iic_dist.training.trainer import Trainer
 
@@ -71,12 +72,14 @@ def train(config: Config, place: Place, stop: StopSignals, chosen: Set[str] = fr
     distributed.use_threads(config.run.threads, place)
     distributed.start(place, device, config.run.timeout_minutes)
     check_same(config, chosen)
-    config = with_weights(distributed.broadcast(config), place, partial(say, place))
+    config = distributed.broadcast(for_device(config, device, settings_of_unfinished(config)))
+    config = with_weights(config, place, partial(say, place))
     losses = choose_losses(config, device)
     trainer = open_trainer(config, place, device)
     folder = open_folder(config, trainer, place)
     threads = f", {torch.get_num_threads()} thread(s) each" if device.type == "cpu" else ""
-    say(place, f"{folder}: {place.world_size} rank(s) on {device.type}{threads}; losses: {losses}")
+    numbers = name_of_arithmetic(trainer.config)
+    say(place, f"{folder}: {place.world_size} rank(s) on {device.type}{threads}, {numbers}; losses: {losses}")
     result = trainer.train(folder, stop)
     if result is None:
         say(place, f"stopped and saved after step {trainer.step}: the same command goes on from there")

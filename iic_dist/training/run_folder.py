@@ -74,6 +74,17 @@ MAY_CHANGE = {
 _FIXED_BY = {"neighbours": ("train.epochs", "neighbours."), "refine": ("refine.",)}
 
 
+def settings_of_unfinished(config: Config) -> Config | None:
+    """Read what the run that is gone on with under this config was trained with; None where there is no such run."""
+    name = config.run.name
+    if name is None or not (Path(config.run.root) / name / CONFIG).is_file():
+        return None
+    try:
+        return settings_of(Path(config.run.root) / name)
+    except UsageError:
+        return None  # `open_folder` says what is wrong with it
+
+
 def open_folder(config: Config, trainer: Trainer | FeatureTrainer, place: Place) -> Path:
     """Choose the folder of the run, go on from what it holds, and write what was asked; rank 0 looks and decides.
 
