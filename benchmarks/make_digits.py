@@ -4,7 +4,8 @@
 
 Each of the 1797 digits of 8 x 8 comes two or three times, every time drawn otherwise. `plain` is turned, slanted,
 moved and gets noise; `wavy` is also bent, thinner or thicker, and blurred. What is tuned on the one
-is to be tried on the other. The sub-folders' names are the truth that `--data.folder_labels true` compares the clusters with.
+is to be tried on the other. The sub-folders' names are the truth that `--data.folder_labels true` compares the clusters
+with.
 """
 
 from __future__ import annotations

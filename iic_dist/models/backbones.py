@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from iic_dist.errors import UsageError
-from iic_dist.models.norm import Norm, check_norm, conv_norm_relu
+from iic_dist.models.norm import Norm, check_norm, norm_2d
 from iic_dist.models.pretrained import find_weights
-from iic_dist.models.small_resnet import small_resnet
 from iic_dist.models.timm_backbones import PREFIX, timm_backbone
 from iic_dist.models.torchvision_backbones import (
     initialise_without_norm,
@@ -32,7 +31,7 @@ With ImageNet weights they keep the 7x7 stem that these belong to.
 SMALL_CNN_WIDTH = 32
 """Channels of the first stage of small_cnn; its features have four times as many."""
 
-_OWN = ("small_cnn", "small_resnet", "iic_vgg4", "iic_resnet34")
+_OWN = ("small_cnn", "iic_vgg4", "iic_resnet34")
 
 BACKBONE_NAMES = (*_OWN, "resnet18", "resnet34", "mobilenet_v2")
 """The names that the presets use and the documentation describes."""
@@ -129,8 +128,6 @@ def build_backbone(
         check_digest(file, weights_digest, name)
     if name == "small_cnn":
         net = _small_cnn(in_channels, image_size, norm, width or SMALL_CNN_WIDTH)
-    elif name == "small_resnet":
-        net = small_resnet(in_channels, norm)
     elif name == "iic_vgg4":
         net = _iic_vgg4(in_channels, norm)
     elif name == "iic_resnet34":
@@ -152,6 +149,16 @@ def _unknown(name: str) -> str:
     return f"unknown backbone {name!r}: use {', '.join(BACKBONE_NAMES)}, a torchvision.models name or timm/NAME{hint}"
 
 
+def _conv_norm_relu(channels_in: int, channels_out: int, kernel: int, norm: Norm) -> list[nn.Module]:
+    # A norm has its own shift, so the convolution before it needs no bias.
+    conv = nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=norm == "none")
+    nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    normalise = [] if norm == "none" else [norm_2d(norm, channels_out)]
+    return [conv, *normalise, nn.ReLU(inplace=True)]
+
+
 def _small_cnn(in_channels: int, image_size: int, norm: Norm, width: int) -> nn.Module:
     """Five 3x3 convolutions of 1, 1, 2, 2, 4 times `width` channels, then the global average.
 
@@ -161,7 +168,7 @@ def _small_cnn(in_channels: int, image_size: int, norm: Norm, width: int) -> nn.
     layers: list[nn.Module] = []
     channels, size = in_channels, image_size
     for stage, factor in enumerate((1, 1, 2, 2, 4)):
-        layers += conv_norm_relu(channels, factor * width, 3, norm)
+        layers += _conv_norm_relu(channels, factor * width, 3, norm)
         channels = factor * width
         if stage in (1, 3) and size // 2 >= 4:
             layers.append(nn.MaxPool2d(2))
@@ -181,7 +188,7 @@ def _iic_vgg4(in_channels: int, norm: Norm) -> nn.Module:
     channels = in_channels
     for stage, channels_out in enumerate((64, 128, 256, 512)):
         layers += [nn.MaxPool2d(2)] if stage > 0 else []
-        layers += conv_norm_relu(channels, channels_out, 5, norm)
+        layers += _conv_norm_relu(channels, channels_out, 5, norm)
         channels = channels_out
     return nn.Sequential(*layers, nn.Flatten())
 

@@ -1,4 +1,4 @@
-"""The choice of normalisation, shared by backbones and heads, and the convolution that it follows."""
+"""The choice of normalisation, shared by backbones and heads."""
 
 from __future__ import annotations
 
@@ -39,14 +39,3 @@ def norm_2d(norm: Norm, channels: int) -> nn.Module:
 def norm_1d(norm: Norm, features: int) -> nn.Module:
     """Return the normalisation of (B, features) rows; "none" gives an Identity."""
     return nn.BatchNorm1d(features) if norm == "batch" else norm_2d(norm, features)
-
-
-def conv_norm_relu(channels_in: int, channels_out: int, kernel: int, norm: Norm) -> list[nn.Module]:
-    """Return a convolution that keeps the size of its map, its normalisation, if there is one, and a ReLU."""
-    # A norm has its own shift, so the convolution before it needs no bias.
-    conv = nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=norm == "none")
-    nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    normalise = [] if norm == "none" else [norm_2d(norm, channels_out)]
-    return [conv, *normalise, nn.ReLU(inplace=True)]
