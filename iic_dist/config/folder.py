@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from iic_dist.config import Config
 from iic_dist.config.weights import LARGEST_SIDE
 from iic_dist.data.survey import Survey, survey
@@ -17,10 +19,13 @@ DEFAULT = "timm/vit_small_patch14_dinov2.lvd142m"
 """The backbone whose features photographs get; its weights were made without labels."""
 
 NEIGHBOURS, STEPS = "neighbours.steps", 1000
+_ALL_EPOCHS = 10_000
 _PHOTOGRAPH_SIDE = 64
-_LARGEST_SIDE = 96
+_LARGEST_SIDE, _LARGEST_ON_CPU = 96, 48
 _SMALL_SIDE = 32
 _FEWEST, _MOST_EPOCHS = {"small_cnn": 30, "resnet18": 50}, 400
+_CPU_IMAGES = 400_000
+"""Images of 32 px that a CPU looks at in less than 30 minutes: 250 a second with small_cnn; larger ones take longer."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +37,24 @@ class Choice:
 
 
 def settings(
-    found: Survey, image_size: int | None, channels: int | None, num_clusters: int | list[int] | None
+    found: Survey,
+    image_size: int | None,
+    channels: int | None,
+    num_clusters: int | list[int] | None,
+    on_cpu: bool = False,
 ) -> dict[str, Choice]:
     """Choose settings, "group.field" by name.
 
     Args:
         found: What the images are like.
         image_size, channels, num_clusters: What the user asked for, None where nothing.
+        on_cpu: Whether a CPU is to do it.
     """
-    size = image_size or max(8, min(_LARGEST_SIDE, found.side))
+    largest_side = _LARGEST_ON_CPU if on_cpu else _LARGEST_SIDE
+    size = image_size or max(8, min(largest_side, found.side))
     colour = found.colour if channels is None else channels == 3
     small = size <= _SMALL_SIDE and not colour
-    backbone = "small_cnn" if small else "resnet18"
+    backbone = "small_cnn" if small or on_cpu else "resnet18"
     batch = 256
     while batch > 16 and 8 * batch > found.num_images:
         batch //= 2
@@ -52,29 +63,53 @@ def settings(
     seen = 120_000 if small else 1_000_000
     largest = max(num_clusters) if isinstance(num_clusters, list) else num_clusters or 10
     epochs = min(_MOST_EPOCHS, max(_FEWEST[backbone], round(seen / found.num_images)))
+    reason = f"about {seen:,} images seen, from {_FEWEST[backbone]} to {_MOST_EPOCHS} epochs"
+    affordable = max(1, round(_CPU_IMAGES * (_SMALL_SIDE / size) ** 2 / found.num_images))
+    if on_cpu and affordable < epochs:
+        epochs, reason = affordable, "what a CPU does in less than half an hour"
     kind = "in colour" if colour else "gray"
     policy = (
         Choice("simclr", "in colour: crops, mirror images, changes of colour")
         if colour
         else Choice("digits", "gray: slight turns, shifts and changes of contrast, no mirror images")
     )
+    heads = _colour_heads(size, on_cpu) if colour else _gray_heads(largest)
     return {
-        "data.image_size": Choice(size, f"the median shorter side, from 8 to {_LARGEST_SIDE}"),
+        "data.image_size": Choice(size, f"the median shorter side, from 8 to {largest_side}"),
         "data.batch_size": Choice(batch, "256, or less so that an epoch has eight steps, but not below 16"),
         "views.policy": policy,
         "model.backbone": Choice(
-            backbone, f"{kind} and {'up to' if size <= _SMALL_SIDE else 'above'} {_SMALL_SIDE} px"
+            backbone,
+            "a CPU is to train it"
+            if on_cpu and not small
+            else f"{kind} and {'up to' if size <= _SMALL_SIDE else 'above'} {_SMALL_SIDE} px",
         ),
-        "model.num_overclusters": Choice(3 * largest, "three times the clusters"),
         "model.projection_dim": Choice(128, "a contrastive head beside the clustering heads"),
         "loss.entropy_weight": Choice(2.0, "pushes towards clusters of equal size"),
-        "optim.lr": Choice(2e-3 if small else 1e-3, f"with Adam and {backbone}"),
+        "optim.lr": Choice(2e-3 if backbone == "small_cnn" else 1e-3, f"with Adam and {backbone}"),
         "optim.schedule": Choice("cosine", "down to zero"),
-        "train.epochs": Choice(
-            epochs, f"about {seen:,} images seen, from {_FEWEST[backbone]} to {_MOST_EPOCHS} epochs"
-        ),
+        "train.epochs": Choice(epochs, reason),
         "train.evaluate_batch_size": Choice(256, "little memory"),
+        **heads,
     }
+
+
+def _gray_heads(num_clusters: int) -> dict[str, Choice]:
+    """Choose what the heads learn from gray images: to cluster from the first step on."""
+    return {"model.num_overclusters": Choice(3 * num_clusters, "three times the clusters")}
+
+
+def _colour_heads(size: int, on_cpu: bool) -> dict[str, Choice]:
+    """Choose what the heads learn from colour images: contrast first, then clusters from neighbours in the features."""
+    heads = {
+        "train.contrastive_warmup_epochs": Choice(_ALL_EPOCHS, "contrast alone, in all epochs"),
+        "loss.temperature": Choice(0.2, "of the contrast"),
+        NEIGHBOURS: Choice(STEPS, "then clusters, from each image and its nearest ones"),
+    }
+    if on_cpu and size >= 16:
+        heads["views.size"] = Choice(3 * size // 4, "three quarters of the side take half the time")
+        heads["views.evaluate_size"] = Choice(size, "whole images at their own size")
+    return heads
 
 
 def frozen_settings(backbone: str) -> dict[str, Choice]:
@@ -116,11 +151,11 @@ def choose(
         return {}
     backbone = _pretrained_backbone(config, found, asked)
     choices = {} if backbone is None else frozen_settings(backbone)
-    missing = None
+    missing, on_cpu = None, config.run.device == "cpu" or not torch.cuda.is_available()
     if backbone == DEFAULT and not asked & {"model.backbone", "model.pretrained", "model.weights"} and main:
         missing = what_is_missing(DEFAULT)
     if missing is not None or not choices:
-        choices = settings(found, data.image_size, data.channels, model.num_clusters)
+        choices = settings(found, data.image_size, data.channels, model.num_clusters, on_cpu)
     say(
         f"{data.name}: {found.num_images} images, {'in colour' if found.colour else 'gray'}, {found.side} px at the "
         f"median shorter side ({found.num_read} looked at). Chosen for them, unless an option or a file says otherwise:"
