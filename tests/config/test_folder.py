@@ -98,6 +98,16 @@ def test_options_and_files_win(tmp_path: Path) -> None:
     assert (config.data.batch_size, config.data.image_size, config.train.epochs) == (512, 8, 450)
 
 
+def test_what_more_time_would_bring_is_said_where_a_cpu_ends_early(tmp_path: Path) -> None:
+    write_colours(tmp_path, 20)
+    name = ["--data.name", f"folder:{tmp_path}", "--model.num_clusters", "3", "--run.device", "cpu"]
+    _, said = asked(*name)
+    assert "takes four times as long" not in said  # 400 epochs of 20 images are done in no time
+    config, said = asked(*name, "--data.image_size", "2000")
+    assert config.train.epochs == 5
+    assert "--train.epochs 20 takes four times as long" in said
+
+
 def test_the_named_sets_are_left_alone() -> None:
     assert asked() == (parse([]), "")
     assert asked("--config", "cifar10") == (parse(["--config", "cifar10"]), "")
