@@ -11,6 +11,7 @@ import torch
 
 from iic_dist import distributed
 from iic_dist.config import Config
+from iic_dist.config.arithmetic import for_device, name_of_arithmetic
 from iic_dist.config.build import RunData
 from iic_dist.config.check import doubt_about_clusters
 from iic_dist.config.command_line import parse
@@ -82,6 +83,7 @@ def train(config: Config, place: Place, stop: StopSignals, chosen: Set[str] = fr
     config, chosen = distributed.broadcast((config, frozenset(chosen)))
     with claimed(config, place) as folder:
         config = as_begun(config, folder.before, chosen, partial(say, place))
+        config = distributed.broadcast(for_device(config, device, folder.before))
         _train_in(folder, config, chosen if folder.before is None else frozenset(), place, device, stop)
 
 
@@ -111,7 +113,8 @@ def _train_in(
     losses = choose_losses(config, device)
     trainer = _open(folder, config, chosen, place, device)
     threads = f", {counted(torch.get_num_threads(), 'thread')} each" if device.type == "cpu" else ""
-    say(place, f"{path}: {counted(place.world_size, 'rank')} on {device.type}{threads}; losses: {losses}")
+    where = f"{device.type}{threads}, {name_of_arithmetic(trainer.config)}"
+    say(place, f"{path}: {counted(place.world_size, 'rank')} on {where}; losses: {losses}")
     if place.is_main and (doubt := doubt_about_clusters(trainer.config, len(trainer.trained_on))):
         _logger.warning("warning: %s", doubt)
     result = trainer.train(path, stop)

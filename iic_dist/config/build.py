@@ -17,7 +17,7 @@ from iic_dist.device import exact_device
 from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.losses.objective import Objective
-from iic_dist.models import ClusterNet, ProjectionHead, SubHeads, build_backbone
+from iic_dist.models import Backbone, ClusterNet, ProjectionHead, SubHeads, build_backbone
 from iic_dist.views.policies import policy
 from iic_dist.views.views import Views
 
@@ -116,6 +116,19 @@ def build_views(config: Config, device: torch.device | None = None) -> Views:
     return views
 
 
+def _check_evaluation(backbone: Backbone, config: Config, example: torch.Tensor) -> None:
+    """Raise a UsageError where the backbone has other features for views of the size that an evaluation sees."""
+    size, name = config.views.evaluate_size, config.model.backbone
+    if size in (None, example.shape[-1]):
+        return
+    features = Backbone(backbone.net, example.new_zeros(1, example.shape[1], size, size), name).num_features
+    if features != backbone.num_features:
+        raise UsageError(
+            f"views.evaluate_size={size}: {name} has {features} features there and {backbone.num_features} at "
+            f"{example.shape[-1]}: leave it out"
+        )
+
+
 def build_model(config: Config, in_channels: int, image_size: int, fetch_weights: bool = True) -> ClusterNet:
     """Build the network of a complete config; its initial weights are a function of `run.seed`.
 
@@ -139,6 +152,7 @@ def build_model(config: Config, in_channels: int, image_size: int, fetch_weights
             weights_digest=model.weights_digest,
         )
         features = backbone.num_features
+        _check_evaluation(backbone, config, torch.zeros(1, in_channels, image_size, image_size))
         heads: dict[str, torch.nn.Module] = {
             head: SubHeads(features, model.sub_heads, k, model.head_init_std)
             for head, k in config.clustering_heads.items()

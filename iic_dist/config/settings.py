@@ -121,6 +121,7 @@ class ViewsConfig:
         policy: iic (weak crop against strong view), simclr (two strong views) or digits (two affine views).
         repeats: Second views of each image in a step.
         size: Side of the views in pixels. Default: the images' own.
+        evaluate_size: Side of the whole image that an evaluation sees, and stage 2. Default: `size`.
         crop_area: Range of the share of the image that a random crop keeps.
         crop_sides: Sides in pixels that random square crops choose from (iic).
         rotation: Largest rotation in degrees.
@@ -137,6 +138,7 @@ class ViewsConfig:
     policy: Literal["iic", "simclr", "digits"] = "digits"
     repeats: int = _above_0(1)
     size: int | None = None
+    evaluate_size: int | None = None
     crop_area: tuple[float, float] | None = None
     crop_sides: list[int] | None = None
     rotation: float | None = None
@@ -249,8 +251,9 @@ class TrainConfig:
         restart_after: A sub-head whose loss stays clearly above the lowest of the clustering head for so many epochs is
             started again from the best one; 0 = never. Not done where several num_clusters are compared.
         contrastive_warmup_epochs: First epochs in which only the contrastive head is trained.
-        precision: Of the network; bfloat16 is autocast with float32 weights.
-        channels_last: Memory format of the network; faster on GPUs.
+        precision: Of the network; bfloat16 is autocast with float32 weights. auto takes it on a CPU that has matrix
+            units for it (AMX), else float32.
+        channels_last: Memory format of the network; auto takes it on a CPU, where it is faster.
         compile: Compile the network with torch.compile.
         sync_batchnorm: Batch normalisation over the images of all ranks: the same training on any number of them.
         evaluate_every: Epochs between evaluations; 0 = only at the end.
@@ -266,8 +269,8 @@ class TrainConfig:
     order: list[str] = field(default_factory=lambda: ["overclustering", "clustering", "contrastive"])
     restart_after: int = _at_least_0(15)
     contrastive_warmup_epochs: int = _at_least_0(0)
-    precision: Literal["float32", "bfloat16", "float64"] = "float32"
-    channels_last: bool = False
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    channels_last: Literal["auto"] | bool = "auto"
     compile: bool = False
     sync_batchnorm: bool = False
     evaluate_every: int = _at_least_0(10)

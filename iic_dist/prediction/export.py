@@ -72,7 +72,7 @@ class Probabilities(nn.Module):
 
     def __init__(self, run: Clusterer) -> None:
         super().__init__()
-        self.view = EvaluationView(run.views.second, run.image_size)
+        self.view = EvaluationView(run.views.seen, run.image_size)
         self.backbone = copy.deepcopy(run.model.backbone)
         head = run.model.heads[run.head]
         assert isinstance(head, SubHeads)

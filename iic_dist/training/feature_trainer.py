@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from iic_dist.config import Config
+from iic_dist.config.arithmetic import for_device
 from iic_dist.config.build import build_model
 from iic_dist.config.complete import complete
 from iic_dist.distributed import Place
@@ -66,7 +67,7 @@ class FeatureTrainer(StagedRun):
     """
 
     def __init__(self, config: Config, data: RunFeatures, place: Place, device: torch.device) -> None:
-        super().__init__(complete(config, data.train), data.train, data.evaluation, place, device)
+        super().__init__(complete(for_device(config, device), data.train), data.train, data.evaluation, place, device)
         self.data = data
         # The heads alone; the network that made the features comes in when the run is saved.
         width = data.train.features.shape[1]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from iic_dist import distributed
 from iic_dist.config import Config
+from iic_dist.config.arithmetic import for_device
 from iic_dist.config.build import build_views, load_data
 from iic_dist.data import cache
 from iic_dist.data.decode import DECODER, count_workers
@@ -69,6 +70,7 @@ def load_run_features(config: Config, place: Place, device: torch.device) -> Run
 
     Collective: all ranks must call.
     """
+    config = for_device(config, device)
     data = config.data
     if data.name.startswith(PREFIX):
         labels = None if data.labels is None else Path(data.labels)
@@ -102,7 +104,8 @@ def frozen_embedder(config: Config, device: torch.device) -> Embedder:
         weights_digest=config.model.weights_digest,
     )
     backbone.requires_grad_(False)
-    precision = config.train.precision
+    precision = for_device(config, device).train.precision
+    assert precision != "auto"
     if device.type == "cuda" and precision == "float32":
         precision = "bfloat16"
     embedder = Embedder(backbone, views, device, precision, channels_last=True)

@@ -40,7 +40,9 @@ class Inputs:
         first, second = own.tensor_split([len(batch.indices)])
         if self.config.refine.towards == "labels":
             images, rows, _ = self.images.gather(batch.indices)
-            plain = self.views.evaluation(images, rows, self.config.dtype, self.config.train.channels_last)
+            plain = self.views.evaluation(
+                images, rows, self.config.dtype, bool(self.config.train.channels_last), self.views.size
+            )
             pairs = torch.cat([plain, second])
         else:
             assert self.neighbours is not None
@@ -52,7 +54,7 @@ class Inputs:
 
     def _make(self, batch: Batch, first_view: int) -> Tensor:
         images, rows, indices = self.images.gather(batch.indices)
-        layout = self.config.train.channels_last
+        layout = bool(self.config.train.channels_last)
         return self.views.training(
             images, rows, indices, batch.epoch, first_view, dtype=self.config.dtype, channels_last=layout
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iic_dist.config import Config
+from iic_dist.config.arithmetic import for_device
 from iic_dist.config.build import RunData, build_model, build_views
 from iic_dist.config.complete import complete
 from iic_dist.data.source import ImageSource, place_images
@@ -54,7 +55,7 @@ class Trainer(StagedRun):
     """
 
     def __init__(self, config: Config, data: RunData, place: Place, device: torch.device) -> None:
-        super().__init__(complete(config, data.train), data.train, data.evaluation, place, device)
+        super().__init__(complete(for_device(config, device), data.train), data.train, data.evaluation, place, device)
         self.data = data
         self.views = build_views(self.config, device)
         self.images = self._put_images()
@@ -66,7 +67,7 @@ class Trainer(StagedRun):
             device,
             self.config.dtype,
             sync_batchnorm=train.sync_batchnorm,
-            channels_last=train.channels_last,
+            channels_last=bool(train.channels_last),
         )
         self.learner = self._new_learner()
         self.sub_heads, self.restarts = self.learner.sub_heads, self.learner.stuck.restarts

@@ -63,6 +63,7 @@ def policy(
     seed: int,
     repeats: int = 1,
     size: int | None = None,
+    evaluate_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     crop_area: Sequence[float] | None = None,
@@ -85,6 +86,7 @@ def policy(
         channels: 1 or 3; with 1 the policy leaves out saturation, hue and gray.
         seed: seed of the run.
         repeats: second views of each image.
+        evaluate_size: side of what an evaluation sees; None for that of the views.
         size, mean, std, crop_area, crop_sides, rotation, flip, gray, blur, sobel: as in `ViewSpec`, instead
             of what the policy says; None keeps that. The weak first view of `iic` takes the middle one of
             `crop_sides` and no `rotation`, `flip`, `jitter`, `gray` or `blur`.
@@ -114,4 +116,5 @@ def policy(
     first = second if weak == strong else replace(weak, **both | middle)
     for spec in (first, second):
         spec.check(channels, image_size, image_size)
-    return Views(first, second, second, repeats, seed, impl)
+    seen = second if evaluate_size is None else replace(second, size=evaluate_size)
+    return Views(first, second, seen, repeats, seed, impl)

@@ -10,6 +10,7 @@ A view is a pure function of (seed, epoch, index of the image, number of the vie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,13 +29,14 @@ class Views:
     Args:
         first: distribution of the first view.
         second: distribution of each of the second views.
-        evaluation: what an evaluation sees; chance in it is left out, see `ViewSpec.centred`.
+        evaluation: what an evaluation sees, maybe of another size; chance in it is left out, see `ViewSpec.centred`.
         repeats: second views of each image.
         seed: seed of the run.
         impl: auto makes them by the native op where it is built, but for float64; fused insists; torch is PyTorch.
 
     Attributes:
         destination: Where views are taken after they are made; None leaves them where the images are.
+        seen: what an evaluation sees.
     """
 
     def __init__(
@@ -42,19 +44,22 @@ class Views:
     ) -> None:
         if repeats < 1:
             raise UsageError(f"repeats must be at least 1, not {repeats}.")
-        shapes = [(spec.size, spec.sobel, spec.mean, spec.std) for spec in (first, second, evaluation)]
-        if len(set(shapes)) > 1:
-            raise UsageError(f"First, second and evaluation view must agree in (size, sobel, mean, std), not {shapes}.")
+        shapes = [(spec.sobel, spec.mean, spec.std) for spec in (first, second, evaluation)]
+        if first.size != second.size or len(set(shapes)) > 1:
+            raise UsageError(
+                "First and second view must agree in size, and all with the evaluation view in (sobel, mean, std), not "
+                f"{first.size}, {second.size} and {shapes}."
+            )
         self.first, self.second, self.repeats, self.seed, self.impl = first, second, repeats, seed, impl
         self.destination: torch.device | None = None
-        self._centred = evaluation.centred()
+        self.seen = evaluation.centred()
         # Views of one distribution are made in one go: (spec, number of its first view, how many).
         same = first == second
         self._groups = [(first, 0, 1 + repeats)] if same else [(first, 0, 1), (second, 1, repeats)]
 
     @property
     def size(self) -> int:
-        """Side of each view in pixels."""
+        """Side of each view of a training in pixels."""
         return self.first.size
 
     def channels(self, image_channels: int) -> int:
@@ -101,18 +106,25 @@ class Views:
 
     @torch.no_grad()
     def evaluation(
-        self, images: Tensor, rows: Tensor, dtype: torch.dtype = torch.float32, channels_last: bool = False
+        self,
+        images: Tensor,
+        rows: Tensor,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        size: int | None = None,
     ) -> Tensor:
         """Make the one view of each image that is evaluated.
 
         Args:
             images, rows, dtype, channels_last: as in `training`.
+            size: side of the view; None for that of the evaluation.
 
         Returns:
             (B, C', size, size).
         """
+        spec = self.seen if size is None else replace(self.seen, size=size)
         numbers = torch.zeros(1, len(rows), NUM_UNIFORMS, device=images.device)
-        return self._made(images, rows, [(self._centred, numbers)], dtype, channels_last)
+        return self._made(images, rows, [(spec, numbers)], dtype, channels_last)
 
     def _made(
         self,
@@ -135,6 +147,7 @@ class Views:
     ) -> Tensor:
         """Make the views of each distribution from its uniform numbers (views, B, 21), one behind the other."""
         channels, height, width = images.shape[1:]
+        size = groups[0][0].size
         drawn = []
         for spec, numbers in groups:
             spec.check(channels, height, width)
@@ -149,7 +162,7 @@ class Views:
                 images,
                 rows,
                 torch.cat(tables),
-                size=self.size,
+                size=size,
                 blur_kernel=self.first.blur_kernel if any(spec.blur > 0.0 for spec, _ in groups) else 1,
                 sobel=self.first.sobel,
                 mean=self.first.mean,
@@ -158,7 +171,7 @@ class Views:
                 channels_last=channels_last,
             )
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        shape = (sum(counts), self.channels(channels), self.size, self.size)
+        shape = (sum(counts), self.channels(channels), size, size)
         views = torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
         parts = views.split(counts)
         for (spec, numbers), parameters, part in zip(groups, drawn, parts, strict=True):

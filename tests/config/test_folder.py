@@ -31,7 +31,7 @@ def asked(*arguments: str) -> tuple[Config, str]:
     return config, "\n".join(lines)
 
 
-def chosen(found: Survey, **asked_for: int | None) -> dict[str, object]:
+def chosen(found: Survey, **asked_for: Any) -> dict[str, object]:
     nothing: dict[str, Any] = {"image_size": None, "channels": None, "num_clusters": 10}
     return {name: choice.value for name, choice in settings(found, **{**nothing, **asked_for}).items()}
 
@@ -45,8 +45,24 @@ def test_what_is_chosen() -> None:
     assert photographs["views.policy"] == "simclr"
     assert photographs["model.backbone"] == "resnet18"
     assert (photographs["data.image_size"], photographs["data.batch_size"]) == (96, 256)
-    assert photographs["model.num_overclusters"] == 60
+    assert photographs["neighbours.steps"] == 1000
+    assert digits["model.num_overclusters"] == 30
     assert chosen(Survey(100, 100, 480, True), image_size=20, channels=1)["model.backbone"] == "small_cnn"
+
+
+def test_a_cpu_gets_what_it_can_do_in_half_an_hour() -> None:
+    """400 epochs of a ResNet-18 were chosen for 400 small photographs on two cores: hours."""
+    for found in (Survey(10_000, 256, 32, True), Survey(10_000, 256, 500, True), Survey(70_000, 256, 28, False)):
+        here, there = chosen(found, on_cpu=True), chosen(found, on_cpu=False)
+        pixels = found.num_images * here["train.epochs"] * here["data.image_size"] ** 2  # type: ignore[operator]
+        assert here["model.backbone"] == "small_cnn"
+        assert 0.9 * 400_000 * 32**2 < pixels < 1.1 * 400_000 * 32**2  # 250 images of 32 px a second
+        assert here["train.epochs"] < there["train.epochs"]  # type: ignore[operator]
+    assert chosen(Survey(10**9, 256, 500, True), on_cpu=True)["train.epochs"] == 1
+    small = Survey(1797, 256, 8, False)
+    assert chosen(small, on_cpu=True) == chosen(small, on_cpu=False)
+    photographs = chosen(Survey(10_000, 256, 32, True), on_cpu=True)
+    assert (photographs["views.size"], photographs["views.evaluate_size"]) == (24, 32)
 
 
 def test_a_batch_is_never_more_than_the_images() -> None:
@@ -90,7 +106,7 @@ def test_options_and_files_win(tmp_path: Path) -> None:
     assert "40 images, gray, 8 px at the median shorter side (40 of 40 that were looked at can be read)" in said
     assert "--data.batch_size 16" in said
     config, _ = asked(*name, "--data.batch_size", "20", "--views.policy=simclr", "--data.image_size", "64")
-    assert (config.data.batch_size, config.views.policy, config.model.backbone) == (20, "simclr", "resnet18")
+    assert (config.data.batch_size, config.views.policy, config.data.image_size) == (20, "simclr", 64)
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump({"data": {"name": f"folder:{images}"}, "optim": {"lr": 0.5}}))
     config, said = asked("--config", str(own), "--model.num_clusters", "3")
@@ -103,8 +119,22 @@ def test_options_and_files_win(tmp_path: Path) -> None:
 def test_all_that_may_be_chosen_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the others, other settings of another rank are a mistake."""
     monkeypatch.setattr(folder, "preprocessing", lambda name: preprocessing("timm/test_resnet"))
-    names = {*settings(Survey(1, 1, 8, False), None, None, None), *folder.frozen_settings(folder.DEFAULT)}
+    names = {
+        *settings(Survey(1, 1, 8, False), None, None, None),
+        *settings(Survey(1, 1, 32, True), None, None, None, on_cpu=True),
+        *folder.frozen_settings(folder.DEFAULT),
+    }
     assert names == folder.CHOICES
+
+
+def test_what_more_time_would_bring_is_said_where_a_cpu_ends_early(tmp_path: Path) -> None:
+    write_colours(tmp_path, 20)
+    name = ["--data.name", f"folder:{tmp_path}", "--model.num_clusters", "3", "--run.device", "cpu"]
+    _, said = asked(*name)
+    assert "takes four times as long" not in said  # 400 epochs of 20 images are done in no time
+    config, said = asked(*name, "--data.image_size", "2000")
+    assert config.train.epochs == 5
+    assert "--train.epochs 20 takes four times as long" in said
 
 
 def test_the_named_sets_are_left_alone() -> None:

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+import torch
 from policy_cases import build
 
 from iic_dist.config.settings import ViewsConfig
@@ -85,3 +86,14 @@ def test_every_view_setting_is_a_choice_of_the_policy() -> None:
     parameters = inspect.signature(policy).parameters.values()
     keywords = {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
     assert keywords == settings | {"image_size", "channels", "seed"}  # of the images, and of the run
+
+
+def test_an_evaluation_may_see_another_size_than_the_training() -> None:
+    """A network that learned from crops at 16 px is to see whole images at 24."""
+    images = torch.randint(0, 256, (3, 1, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    views = policy("simclr", image_size=24, channels=1, seed=0, size=16, evaluate_size=24)
+    rows = torch.arange(3)
+    assert views.training(images, rows, rows, 0).shape == (6, 1, 16, 16)
+    seen = views.evaluation(images, rows)
+    torch.testing.assert_close(seen, (images / 255 - 0.5) / 0.25)
+    assert views.evaluation(images, rows, size=views.size).shape == (3, 1, 16, 16)
