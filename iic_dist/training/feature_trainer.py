@@ -12,12 +12,11 @@ from iic_dist.config import Config
 from iic_dist.config.build import build_model
 from iic_dist.config.complete import complete
 from iic_dist.distributed import Place
-from iic_dist.evaluation.evaluator import Evaluation, Evaluator
+from iic_dist.evaluation.evaluator import Evaluator
 from iic_dist.evaluation.sub_heads import SubHeadRecord
 from iic_dist.models import ClusterNet, SubHeads
 from iic_dist.models.feature_heads import FeatureSubHeads, adopt_heads, heads_of_state
 from iic_dist.models.given_features import GivenFeatures
-from iic_dist.training import report
 from iic_dist.training.features import RunFeatures
 from iic_dist.training.monitor import Monitor
 from iic_dist.training.staged import StagedRun
@@ -97,12 +96,6 @@ class FeatureTrainer(StagedRun):
     def features(self) -> Tensor:
         """Return the features of the run."""
         return self.data.train.features
-
-    def show_clusters(self, monitor: Monitor, evaluation: Evaluation) -> None:
-        """Show the clusters against the classes, where these are known."""
-        if evaluation.counts is not None:
-            counts = evaluation.counts[evaluation.selected]
-            report.show_confusion(monitor, self.step, counts, self.data.evaluation.class_names)
 
     @property
     def skipped_steps(self) -> int:
