@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,8 @@ from iic_dist.training.monitor import Monitor
 from iic_dist.training.neighbour_stage import NeighbourStage
 from iic_dist.training.rank_record import FOLDER, RankLog
 from iic_dist.training.stop import Stopping, StopSignals
+
+_logger = logging.getLogger(__name__)
 
 
 class StagedRun(abc.ABC):
@@ -238,7 +241,11 @@ class StagedRun(abc.ABC):
 
     def _open_neighbours(self) -> NeighbourStage:
         """Find the neighbours of all that is trained on, and go on from what was saved."""
-        stage = NeighbourStage(self.config, self.features(), exact_device(self.device), lambda images: self._heed())
+        features, k = self.features(), self.config.neighbours.k
+        others = len(features) - 1
+        if others < k and self.place.is_main:
+            _logger.warning("%d images: neighbours.k=%d is taken as %d, all others", len(features), k, others)
+        stage = NeighbourStage(self.config, features, exact_device(self.device), lambda images: self._heed())
         self.neighbours = stage.neighbours
         if self._neighbour_state is not None:
             stage.load_state_dict(self._neighbour_state)
