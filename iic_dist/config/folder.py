@@ -82,6 +82,7 @@ def settings(
             backbone, f"{kind} and {'up to' if size <= _SMALL_SIDE else 'above'} {_SMALL_SIDE} px"
         ),
         "model.num_overclusters": Choice(3 * largest, "three times the clusters"),
+        **({} if colour else {NEIGHBOURS: Choice(STEPS, "new heads at the end, from each image and its nearest ones")}),
         "model.projection_dim": Choice(128, "a contrastive head beside the clustering heads"),
         "loss.entropy_weight": Choice(2.0, "pushes towards clusters of equal size"),
         "optim.lr": Choice(2e-3 if small else 1e-3, f"with Adam and {backbone}"),

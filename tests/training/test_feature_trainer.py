@@ -248,6 +248,25 @@ def test_a_run_is_repeated_from_its_config(of_photographs: tuple[Path, Path], tm
     save_file(timm.create_model("test_convnext").state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(UsageError, match=r"model.weights_digest=sha256:\w+: but .*other.safetensors' has sha256:"):
         train(parse([*again, "--model.weights", str(tmp_path / "other.safetensors")]), Place(), StopSignals())
+    with pytest.raises(UsageError, match=r"gone.pth.: there is no such file \(wanted: digest sha256:\w+"):
+        train(parse([*again, "--model.weights", "gone.pth"]), Place(), StopSignals())
+
+
+def test_several_k_of_a_frozen_network(of_photographs: tuple[Path, Path], tmp_path: Path) -> None:
+    """From training to choose, predict and export."""
+    before, pictures = of_photographs
+    options = ["--run.root", str(tmp_path), "--run.name", "several", "--model.num_clusters", "2,3"]
+    train(parse(["--config", str(before / "config.yaml"), *options]), Place(), StopSignals())
+    clusterer = iic_dist.load(tmp_path / "several", "cpu")
+    chosen = choose_k(tmp_path / "several", Place()).chosen
+    assert (clusterer.head, clusterer.num_clusters) == (chosen.head, chosen.num_clusters)
+    found = predict_folder(clusterer, pictures).prediction
+    sizes = sorted(torch.bincount(found.clusters, minlength=chosen.num_clusters).tolist(), reverse=True)
+    assert sizes == chosen.sizes
+    images = torch.stack([clusterer.read(path) for path in sorted(pictures.rglob("*.png"))])
+    with torch.no_grad():
+        made = Probabilities(clusterer).eval()(images)
+    torch.testing.assert_close(made, found.probabilities, atol=1e-5, rtol=1e-4)
 
 
 class _FourthLook(StopSignals):
