@@ -18,7 +18,7 @@ def _options() -> argparse.Namespace:
         description="Evaluate the newest checkpoint of a run; also under torchrun, with the same figures.",
     )
     run_option(parser)
-    parser.add_argument("--best", action="store_true", help="the checkpoint of lowest loss instead of the newest")
+    parser.add_argument("--best", action="store_true", help="the checkpoint of lowest loss of the last stage")
     parser.add_argument("--json", action="store_true", help="print the contents of result.json and nothing else")
     parser.add_argument(
         "rest",

@@ -20,8 +20,8 @@ def _options() -> argparse.Namespace:
         "--format",
         required=True,
         choices=sorted(FORMATS),
-        help="onnx: from uint8 images to probabilities, needs onnx and onnxscript; safetensors: the weights and what "
-        "they belong to, needs safetensors",
+        help="onnx: from uint8 images, or rows of features, to probabilities, needs onnx and onnxscript; safetensors: "
+        "the weights and what they belong to, needs safetensors",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: model.FORMAT in the run's folder")
     return parser.parse_args()
@@ -36,8 +36,9 @@ def main() -> None:
         run = clusterer.load(options.run, "cpu")
         check_file("--output", path)
         FORMATS[options.format](run, path)
-        about = f"images: {run.channels} x {run.image_size} x {run.image_size} uint8; {run.num_clusters} clusters"
-        say(Place(), f"written: {path} ({about})")
+        takes, dtype = ("features", "float32") if run.takes_features else ("images", "uint8")
+        shape = " x ".join(map(str, run.input_shape))
+        say(Place(), f"written: {path} ({takes}: {shape} {dtype}; {run.num_clusters} clusters)")
 
 
 if __name__ == "__main__":

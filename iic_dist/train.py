@@ -29,7 +29,7 @@ from iic_dist.training import report, resume
 from iic_dist.training.feature_trainer import FeatureTrainer
 from iic_dist.training.open import build_trainer, load_what_is_trained_on
 from iic_dist.training.run_folder import COMPLETED, RunFolder, as_begun, claimed, open_folder, refuse_changes
-from iic_dist.training.stop import StopSignals
+from iic_dist.training.stop import Stopping, StopSignals
 from iic_dist.training.trained_images import check_images
 from iic_dist.training.trainer import Trainer
 from iic_dist.wording import counted
@@ -88,11 +88,16 @@ def train(config: Config, place: Place, stop: StopSignals, chosen: Set[str] = fr
 
 
 def _open(
-    folder: RunFolder, config: Config, chosen: Set[str], place: Place, device: torch.device
+    folder: RunFolder, config: Config, chosen: Set[str], place: Place, device: torch.device, stop: StopSignals
 ) -> Trainer | FeatureTrainer:
     """Make what trains in a folder that this process owns, and go on from what it holds; `chosen` may still change."""
     state = resume.load(folder.path)
-    data = load_what_is_trained_on(config, place, device)
+    try:
+        data = load_what_is_trained_on(config, place, device, stop)
+    except Stopping:
+        done = state or {"step": 0, "epoch": 0}
+        resume.note_stop(folder.path, done["step"], done["epoch"], stop.received)
+        raise
     if "data.batch_size" in chosen and isinstance(data, RunData):
         config = with_batch_that_fits(config, len(data.train.images), place.world_size, partial(say, place))
     seen, others = check_images(folder.path, state, data, config.run.new_images)
@@ -111,7 +116,11 @@ def _train_in(
     refuse_changes(folder, config, COMPLETED)
     config = with_weights(config, place, partial(say, place))
     losses = choose_losses(config, device)
-    trainer = _open(folder, config, chosen, place, device)
+    try:
+        trainer = _open(folder, config, chosen, place, device, stop)
+    except Stopping:
+        say(place, "stopped while a frozen network made features, which are not kept: the same command begins anew")
+        return
     threads = f", {counted(torch.get_num_threads(), 'thread')} each" if device.type == "cpu" else ""
     where = f"{device.type}{threads}, {name_of_arithmetic(trainer.config)}"
     say(place, f"{path}: {counted(place.world_size, 'rank')} on {where}; losses: {losses}")
@@ -154,7 +163,7 @@ def read(arguments: list[str] | None, place: Place) -> tuple[Config, set[str]]:
 def main() -> None:
     """Parse and train.
 
-    A signal to stop that comes before the first step, as while images are decoded, is heeded after that step.
+    A signal to stop that comes while images are decoded to be trained on is heeded after the first step.
     """
     log_to_console()
     place = Place.from_environment()

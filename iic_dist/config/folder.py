@@ -140,8 +140,11 @@ def with_batch_that_fits(config: Config, num_images: int, world_size: int, say: 
 
 
 def _gray_heads(num_clusters: int) -> dict[str, Choice]:
-    """Choose what the heads learn from gray images: to cluster from the first step on."""
-    return {"model.num_overclusters": Choice(3 * num_clusters, "three times the clusters")}
+    """Choose what the heads learn from gray images: to cluster from the first step on, and once more at the end."""
+    return {
+        "model.num_overclusters": Choice(3 * num_clusters, "three times the clusters"),
+        NEIGHBOURS: Choice(STEPS, "new heads at the end, from each image and its nearest ones"),
+    }
 
 
 def _colour_heads(size: int, on_cpu: bool) -> dict[str, Choice]:

@@ -38,7 +38,12 @@ def with_weights(config: Config, place: Place, say: Callable[[str], None]) -> Co
     config = copy.deepcopy(config)
     model, data, views = config.model, config.data, config.views
     with distributed.local_main_first(place):
-        file = find_weights(model.backbone, model.weights, download=place.local_rank == 0, say=say)
+        try:
+            file = find_weights(model.backbone, model.weights, download=place.local_rank == 0, say=say)
+        except UsageError as error:
+            if model.weights_digest is None:
+                raise
+            raise UsageError(f"{error} (wanted: digest {model.weights_digest})") from error
         found = digest(file)
     everywhere = distributed.gather_objects(found)
     if len(set(everywhere)) > 1:

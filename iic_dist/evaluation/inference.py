@@ -63,49 +63,6 @@ def embed(
 
 
 @torch.no_grad()
-def all_features(
-    model: ClusterNet,
-    views: Views,
-    images: ImageSource,
-    *,
-    count: int,
-    batch_size: int,
-    dtype: torch.dtype,
-    after_each: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Return the features of the backbone in evaluation mode of the first M images, (M, F) on the CPU, in `dtype`.
-
-    Each rank computes some batches, which are the same ones on any number of ranks.
-
-    Args:
-        model, views, images, batch_size, dtype: As in `assign`.
-        count: M.
-        after_each: Called with the number of images after every forward pass, equally often on all ranks; may raise.
-
-    Collective: all ranks must call; gathers M * F numbers.
-    """
-    world_size, rank = distributed.world_size(), distributed.rank()
-    batches = torch.arange(count).split(batch_size)
-    bounds = [len(batches) * r // world_size for r in range(world_size + 1)]
-    was_training = model.training
-    model.eval()
-    found = []
-    try:
-        for number in range(max(stop - start for start, stop in itertools.pairwise(bounds))):
-            if bounds[rank] + number < bounds[rank + 1]:
-                pixels, rows, _ = images.gather(batches[bounds[rank] + number])
-                found.append(model.backbone(views.evaluation(pixels, rows, dtype=dtype)).to(dtype).cpu())
-            if after_each is not None:
-                after_each(batch_size)
-    finally:
-        model.train(was_training)
-    sizes = [sum(map(len, batches[start:stop])) for start, stop in itertools.pairwise(bounds)]
-    if not found:  # fewer batches than ranks
-        found = [torch.empty(0, model.num_features, dtype=dtype)]
-    return distributed.gather_rows(torch.cat(found).to(next(model.parameters()).device), sizes).cpu()
-
-
-@torch.no_grad()
 def assign(
     model: ClusterNet,
     views: Views,

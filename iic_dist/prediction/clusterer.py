@@ -113,6 +113,13 @@ class Clusterer:
             load_network(self.model, state["model"], config.clustering_heads)
         self.model.to(device, self.dtype).eval()
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image (C, S, S), or of a row (F,) of a run on features."""
+        if self.takes_features:
+            return (self.model.num_features,)
+        return (self.channels, self.image_size, self.image_size)
+
     def predict(self, images: Images) -> Prediction:
         """Cluster images.
 
@@ -129,7 +136,7 @@ class Clusterer:
         """
         if self.takes_features:
             raise UsageError("this run is on features: give them to predict_features")
-        none = torch.empty(0, self.channels, self.image_size, self.image_size, dtype=torch.uint8)
+        none = torch.empty(0, *self.input_shape, dtype=torch.uint8)
         return Prediction.join([self.predict_batch(batch) for batch in (none, *self._batches(images))])
 
     @torch.no_grad()

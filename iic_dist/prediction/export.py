@@ -68,26 +68,29 @@ class EvaluationView(nn.Module):
 
 
 class Probabilities(nn.Module):
-    """From uint8 images to the probabilities of the selected sub-head: (B, C, S, S) to (B, K) float32."""
+    """From what a run clusters to the probabilities of the selected sub-head, (B, K) float32.
+
+    From uint8 images (B, C, S, S), or of a run on features of a file from float32 rows (B, F).
+    """
 
     def __init__(self, run: Clusterer) -> None:
         super().__init__()
-        self.view = EvaluationView(run.views.seen, run.image_size)
+        self.view = nn.Identity() if run.takes_features else EvaluationView(run.views.seen, run.image_size)
         self.backbone = copy.deepcopy(run.model.backbone)
         head = run.model.heads[run.head]
         assert isinstance(head, SubHeads)
         self.classifier = copy.deepcopy(head.alone(run.selected))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, batch: Tensor) -> Tensor:
         """Return the probability of each cluster."""
-        return torch.softmax(self.classifier(self.backbone(self.view(images)))[:, 0], -1)
+        return torch.softmax(self.classifier(self.backbone(self.view(batch)))[:, 0], -1)
 
 
 def export_onnx(run: Clusterer, path: Path) -> None:
     """Write the run as ONNX: input "images" uint8 (batch, C, S, S), output "probabilities" float32 (batch, K).
 
     The preprocessing is inside, but for the resize to S x S: `data.image_size` of the run. It is in float32, also
-    where the run is in float64.
+    where the run is in float64. A run on features of a file has the input "features" instead, float32 (batch, F).
 
     Raises:
         UsageError: onnx or onnxscript is not installed.
@@ -95,13 +98,15 @@ def export_onnx(run: Clusterer, path: Path) -> None:
     """
     _require("onnx")
     network = Probabilities(run).float().cpu().eval()
-    example = torch.zeros(2, run.channels, run.image_size, run.image_size, dtype=torch.uint8)
+    name, example = "images", torch.zeros(2, *run.input_shape, dtype=torch.uint8)
+    if run.takes_features:
+        name, example = "features", example.float()
     program = torch.onnx.export(
         network,
         (example,),
-        input_names=["images"],
+        input_names=[name],
         output_names=["probabilities"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        dynamic_shapes={"batch": {0: torch.export.Dim("batch")}},
         dynamo=True,
         verbose=False,
     )
@@ -128,12 +133,11 @@ def export_safetensors(run: Clusterer, path: Path) -> None:
 
 
 def _about(run: Clusterer) -> dict[str, int]:
-    return {
-        "image_size": run.image_size,
-        "channels": run.channels,
-        "num_clusters": run.num_clusters,
-        "selected_sub_head": run.selected,
-    }
+    if run.takes_features:
+        takes = {"num_features": run.model.num_features}
+    else:
+        takes = {"image_size": run.image_size, "channels": run.channels}
+    return {**takes, "num_clusters": run.num_clusters, "selected_sub_head": run.selected}
 
 
 def _require(kind: str) -> None:

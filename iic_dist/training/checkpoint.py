@@ -23,7 +23,9 @@ _KINDS: dict[str, Any] = {"epoch": int, "step": int, "loss": int | float | None,
 _NAME = re.compile(r"epoch_(\d{5,})_step_(\d{8,})\.pt")
 
 
-def save(folder: Path, epoch: int, step: int, state: Mapping[str, Any], loss: float | None = None) -> Path:
+def save(
+    folder: Path, epoch: int, step: int, state: Mapping[str, Any], loss: float | None = None, stage: int = 0
+) -> Path:
     """Write `state` as a checkpoint; keep the newest `KEEP` and the one of lowest loss.
 
     A manifest with the SHA-256 stands beside each checkpoint, because `torch.load` does not notice flipped bits. It
@@ -35,6 +37,7 @@ def save(folder: Path, epoch: int, step: int, state: Mapping[str, Any], loss: fl
         step: Steps done.
         state: Tensors, numbers, strings, lists and dicts, which `torch.load(weights_only=True)` reads back.
         loss: What the best is chosen by, the lowest; None where nothing has been measured.
+        stage: Number of the stage that the loss is of. Those of two stages are different losses: a later stage counts.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; older checkpoints are intact.
@@ -50,6 +53,7 @@ def save(folder: Path, epoch: int, step: int, state: Mapping[str, Any], loss: fl
             "epoch": epoch,
             "step": step,
             "loss": loss if loss is not None and math.isfinite(loss) else None,
+            "stage": stage,
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
         }
@@ -90,14 +94,16 @@ def available(folder: Path) -> list[Path]:
 
 
 def best_first(paths: Iterable[Path]) -> list[Path]:
-    """List those of some checkpoints that have a loss, the lowest first."""
-    losses = {}
+    """List those of some checkpoints that have a loss: those of the last stage first, and of a stage the lowest."""
+    ranks = {}
     for path in paths:
         try:
-            losses[path] = _manifest(path)["loss"]
+            manifest = _manifest(path)
         except (OSError, ValueError):
             continue
-    return sorted((path for path, loss in losses.items() if loss is not None), key=lambda path: losses[path])
+        if manifest["loss"] is not None:
+            ranks[path] = (-manifest.get("stage", 0), manifest["loss"])  # none in those of before there were stages
+    return sorted(ranks, key=lambda path: ranks[path])
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -107,6 +113,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("its manifest is nested without end") from error
     if not isinstance(manifest, dict) or not all(isinstance(manifest.get(key), kind) for key, kind in _KINDS.items()):
+        raise ValueError("its manifest is malformed")
+    if not isinstance(manifest.get("stage", 0), int):
         raise ValueError("its manifest is malformed")
     if manifest["loss"] is not None and not math.isfinite(manifest["loss"]):
         raise ValueError(f"its manifest has a loss of {manifest['loss']}")

@@ -24,7 +24,7 @@ def evaluate_run(run: Path, place: Place, changes: Sequence[str] = (), best: boo
         place: This rank.
         changes: Options as those of the training that replace what the run was trained with, such as
             ["--data.evaluate_on", "test"].
-        best: Take the checkpoint of lowest loss instead of the newest.
+        best: Take the checkpoint of lowest loss of the last stage that has one, instead of the newest.
 
     Raises:
         UsageError: there is no such run, or it has no checkpoint that can be loaded.

@@ -98,6 +98,7 @@ def extract_images(
     embed: Embedder,
     images: ImageSource,
     *,
+    count: int | None = None,
     batch_size: int | None = None,
     progress: bool = False,
     after_each: Callable[[], None] | None = None,
@@ -106,14 +107,15 @@ def extract_images(
 
     Args:
         embed: The network.
-        images: All N images, for every rank.
+        images: All images, for every rank.
+        count: N, the first of them; None for all.
         batch_size: Images of one forward pass; None for `embed.batch_size`.
         progress: Show a progress bar.
         after_each: Called after every forward pass, equally often on all ranks; may raise to end it here.
 
     Collective: all ranks must call; gathers all features.
     """
-    count, batch_size = len(images), batch_size or embed.batch_size
+    count, batch_size = len(images) if count is None else count, batch_size or embed.batch_size
     own, most = _share(range(0, count, batch_size))
     batches = [torch.arange(start, min(start + batch_size, count)) for start in own]
     parts = [torch.empty(0, embed.backbone.num_features, dtype=embed.dtype)]
@@ -143,6 +145,7 @@ def embed_files(
     workers: int | None = 0,
     batch_size: int | None = None,
     progress: bool = False,
+    after_each: Callable[[], None] | None = None,
 ) -> Generator[Embedded]:
     """Decode this rank's part of some files and embed them, in one stream: few images are in memory at a time.
 
@@ -155,13 +158,14 @@ def embed_files(
         workers: Processes that decode beside the network. 0: this one does.
         batch_size: Images of one forward pass, in whole chunks of `decoded_files`; None for `embed.batch_size`.
         progress: Show a progress bar.
+        after_each: As for `extract_images`.
 
     Yields:
         The features of the files that could be decoded, in order, on the CPU.
     """
     chunk = chunk_size(image_size)
     window = chunk * max(1, (batch_size or embed.batch_size) // chunk)
-    own, _ = _share(range(0, len(paths), window))
+    own, most = _share(range(0, len(paths), window))
     part = paths[own[0] : own[-1] + window] if own else []
     with (
         embed.at_work(),
@@ -179,8 +183,12 @@ def embed_files(
                 yield _on_cpu(ahead)
             ahead = now
             bar.done(len(now.paths) + len(now.malformed))
+            if after_each is not None:
+                after_each()
         if ahead is not None:
             yield _on_cpu(ahead)
+        if after_each is not None and len(own) < most:  # this rank has a batch less than others
+            after_each()
 
 
 def _share(starts: range) -> tuple[Sequence[int], int]:

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -57,13 +57,16 @@ class RunFeatures:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
 
-def load_run_features(config: Config, place: Place, device: torch.device) -> RunFeatures:
+def load_run_features(
+    config: Config, place: Place, device: torch.device, after_each: Callable[[], None] | None = None
+) -> RunFeatures:
     """Load or make the features that `config.data` and `config.model` name; see `Config.of_features`.
 
     Args:
         config: As `with_weights` returns it.
         place: This rank.
         device: Where the backbone computes.
+        after_each: Called after each of its batches, equally often on all ranks; may raise to end it here.
 
     Raises:
         UsageError: features or images cannot be loaded, or are not the same on all ranks.
@@ -76,9 +79,9 @@ def load_run_features(config: Config, place: Place, device: torch.device) -> Run
         labels = None if data.labels is None else Path(data.labels)
         found = RunFeatures(features := load_features(Path(data.name.removeprefix(PREFIX)), labels), features)
     elif data.name.startswith("folder:"):
-        found = _of_folder(config, place, device)
+        found = _of_folder(config, place, device, after_each)
     else:
-        found = _of_named_set(config, place, device)
+        found = _of_named_set(config, place, device, after_each)
     everywhere = distributed.gather_objects(found.train.checksum)
     if len(set(everywhere)) > 1:
         other = next(rank for rank, checksum in enumerate(everywhere) if checksum != everywhere[0])
@@ -113,7 +116,9 @@ def frozen_embedder(config: Config, device: torch.device) -> Embedder:
     return embedder
 
 
-def _of_named_set(config: Config, place: Place, device: torch.device) -> RunFeatures:
+def _of_named_set(
+    config: Config, place: Place, device: torch.device, after_each: Callable[[], None] | None
+) -> RunFeatures:
     images = load_data(config, place)
     config = copy.deepcopy(config)
     channels, config.data.image_size = images.train.images.shape[1:3]
@@ -122,7 +127,8 @@ def _of_named_set(config: Config, place: Place, device: torch.device) -> RunFeat
 
     def features_of(loaded: ImageSet) -> FeatureSet:
         source = place_images(loaded.images, exact_device(device), config.data.device_budget_gib)
-        made = extract_images(embed, source, progress=config.monitor.progress and place.is_main).to(_kept_as(config))
+        progress = config.monitor.progress and place.is_main
+        made = extract_images(embed, source, progress=progress, after_each=after_each).to(_kept_as(config))
         channels, height, width = loaded.images.shape[1:]
         return FeatureSet(loaded.name, made, loaded.labels, loaded.class_names, image_shape=(channels, height, width))
 
@@ -131,7 +137,9 @@ def _of_named_set(config: Config, place: Place, device: torch.device) -> RunFeat
     return RunFeatures(train, train if same else features_of(images.evaluation))
 
 
-def _of_folder(config: Config, place: Place, device: torch.device) -> RunFeatures:
+def _of_folder(
+    config: Config, place: Place, device: torch.device, after_each: Callable[[], None] | None
+) -> RunFeatures:
     """Take what is kept of a folder, or make it: rank 0 lists the files, and all ranks share them."""
     data = config.data
     folder = Path(data.name.removeprefix("folder:"))
@@ -149,7 +157,7 @@ def _of_folder(config: Config, place: Place, device: torch.device) -> RunFeature
     found = _read(path, source, place)
     if found is None:
         embed = frozen_embedder(config, device)
-        with _embedded(embed, folder.expanduser(), listing, config, place, path.parent) as chunks:
+        with _embedded(embed, folder.expanduser(), listing, config, place, path.parent, after_each) as chunks:
             found = _keep(
                 path, source, embed.backbone.num_features, _kept_as(config), len(listing.paths), chunks, place
             )
@@ -202,7 +210,13 @@ def _read(path: Path, source: str, place: Place) -> tuple[Tensor, cache.Contents
 
 @contextlib.contextmanager
 def _embedded(
-    embed: Embedder, root: Path, listing: Listing, config: Config, place: Place, room: Path
+    embed: Embedder,
+    root: Path,
+    listing: Listing,
+    config: Config,
+    place: Place,
+    room: Path,
+    after_each: Callable[[], None] | None,
 ) -> Iterator[Iterable[Embedded]]:
     """Embed the files of a listing: what all ranks make of them, in order, on every rank.
 
@@ -219,6 +233,7 @@ def _embedded(
         truncated=config.data.truncated,
         workers=count_workers(config.data.workers, place.local_world_size),
         progress=config.monitor.progress and place.is_main,
+        after_each=after_each,
     )
     with contextlib.closing(own):
         if place.world_size == 1:

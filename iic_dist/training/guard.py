@@ -174,3 +174,11 @@ class Poll:
         flags[0] = 0
         self._verdicts.post(distributed.all_reduce_sum(flags))
         return any(verdict.stop for verdict in self._verdicts.read(leave=1))
+
+    def heed(self, received: str | None) -> None:
+        """Raise `Stopping` where any rank had received a signal when it last called.
+
+        Collective: as `stop`.
+        """
+        if self.stop(received is not None):
+            raise Stopping

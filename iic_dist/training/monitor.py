@@ -107,14 +107,14 @@ class Monitor:
             self.image(tag, render(figure), step)
 
     def embedding(
-        self, tag: str, vectors: Tensor, labels: Mapping[str, Sequence[str]], images: Tensor, step: int
+        self, tag: str, vectors: Tensor, labels: Mapping[str, Sequence[str]], images: Tensor | None, step: int
     ) -> None:
         """Show points in TensorBoard's projector.
 
         Args:
             vectors: (N, F) float.
             labels: by the name of a column, a text for each point.
-            images: (N, 3, S, S) float in [0, 1], its picture.
+            images: (N, 3, S, S) float in [0, 1], its picture; None where there are none.
         """
         if not self.enabled:
             return

@@ -11,25 +11,34 @@ from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.training.feature_trainer import FeatureTrainer
 from iic_dist.training.features import RunFeatures, load_run_features
+from iic_dist.training.guard import Poll
+from iic_dist.training.stop import StopSignals
 from iic_dist.training.trainer import Trainer
 
 
-def load_what_is_trained_on(config: Config, place: Place, device: torch.device) -> RunData | RunFeatures:
+def load_what_is_trained_on(
+    config: Config, place: Place, device: torch.device, stop: StopSignals | None = None
+) -> RunData | RunFeatures:
     """Load the images of a config, or the features that it clusters as they are.
 
     Args:
         config: As `config.weights.with_weights` returns it.
         place: This rank.
         device: Where to compute features.
+        stop: Signals to heed while a frozen network makes features, which may take long.
 
     Raises:
         UsageError: images, features or weights cannot be loaded.
+        Stopping: a rank was asked to stop; nothing is left of the features.
 
     Collective: all ranks must call.
     """
     if device.type == "mps" and config.train.precision == "float64":
         raise UsageError("train.precision='float64': MPS has no float64; use --run.device cpu")
-    return load_run_features(config, place, device) if config.of_features else load_data(config, place)
+    if not config.of_features:
+        return load_data(config, place)
+    poll, stop = Poll(exact_device(device)), stop or StopSignals()
+    return load_run_features(config, place, device, lambda: poll.heed(stop.received))
 
 
 def build_trainer(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from iic_dist.data.features import FeatureSet
 from iic_dist.data.image_set import ImageSet
 from iic_dist.evaluation import charts, mosaics
 from iic_dist.evaluation.evaluator import Evaluation, Evaluator
@@ -100,45 +101,37 @@ def show_views(monitor: Monitor, step: int, views: Views, images: Tensor, device
 
 
 def show_clusters(
-    monitor: Monitor,
-    step: int,
-    evaluated: ImageSet,
-    clusters: Tensor,
-    confidence: Tensor,
-    k: int,
-    counts: Tensor | None,
+    monitor: Monitor, step: int, evaluated: ImageSet, clusters: Tensor, confidence: Tensor, k: int
 ) -> None:
-    """Show what is in every cluster of the selected sub-head.
+    """Show the surest and the most doubtful images of every cluster of the selected sub-head.
 
     Args:
         clusters: (M,) of the images of `evaluated`.
         confidence: (M,).
         k: Number of clusters.
-        counts: (K, C) against the classes, or None without labels.
     """
     if not monitor.enabled:
         return
     for tag, doubtful in (("most_confident", False), ("most_doubtful", True)):
         picture = mosaics.cluster_mosaic(evaluated.images, clusters, confidence, k, doubtful=doubtful)
         monitor.image(f"clusters/{tag}", picture, step)
-    if counts is not None:
-        show_confusion(monitor, step, counts, evaluated.class_names)
 
 
 def show_evaluation(
     monitor: Monitor, step: int, evaluator: Evaluator, evaluation: Evaluation, model: ClusterNet
 ) -> None:
-    """Show what is in every cluster of the selected sub-head, and some images by their features.
+    """Show what is in every cluster of the selected sub-head, and some images, or rows, by their features.
 
     Collective: all ranks must call; gathers an integer and a float of each image.
     """
     evaluated = evaluator.evaluated
-    assert isinstance(evaluated, ImageSet)
     clusters, confidence = evaluation.assigned.gathered(evaluation.selected)
-    counts = None if evaluation.counts is None else evaluation.counts[evaluation.selected]
-    show_clusters(monitor, step, evaluated, clusters, confidence, evaluation.health.num_clusters, counts)
+    if isinstance(evaluated, ImageSet):
+        show_clusters(monitor, step, evaluated, clusters, confidence, evaluation.health.num_clusters)
+    if evaluation.counts is not None:
+        show_confusion(monitor, step, evaluation.counts[evaluation.selected], evaluated.class_names)
     if monitor.enabled:
-        sample = projector_sample(len(evaluated.images))
+        sample = projector_sample(len(evaluator.images))
         show_embedding(monitor, step, evaluated, sample, evaluator.features(model, sample), clusters)
 
 
@@ -149,26 +142,32 @@ def show_confusion(monitor: Monitor, step: int, counts: Tensor, class_names: Seq
 
 
 def projector_sample(count: int) -> Tensor:
-    """Choose the images that TensorBoard's projector shows: up to 1000 of `count`, evenly spread, (n,) int64."""
+    """Choose what TensorBoard's projector shows: up to 1000 images of `count`, evenly spread, (n,) int64."""
     shown = min(count, PROJECTED)
     return torch.arange(shown) * count // max(1, shown)
 
 
 def show_embedding(
-    monitor: Monitor, step: int, evaluated: ImageSet, sample: Tensor, features: Tensor, clusters: Tensor
+    monitor: Monitor, step: int, evaluated: ImageSet | FeatureSet, sample: Tensor, features: Tensor, clusters: Tensor
 ) -> None:
     """Show some images by the features that the network sees in them, in TensorBoard's projector.
 
+    Where nothing is known but the features, a point has no picture; the image of a folder has its path instead.
+
     Args:
-        evaluated: The images.
+        evaluated: The images, or the features.
         sample: (n,) int64, which of them.
         features: (n, F).
         clusters: (M,) of all of them.
     """
-    pictures = evaluated.images[sample].float() / 255
-    side = min(PROJECTED_PIXELS, pictures.shape[-1])
-    pictures = F.interpolate(pictures, (side, side), mode="area").expand(-1, 3, -1, -1)
     columns = {"cluster": [str(cluster) for cluster in clusters[sample.to(clusters.device)].tolist()]}
+    pictures = None
+    if isinstance(evaluated, ImageSet):
+        pictures = evaluated.images[sample].float() / 255
+        side = min(PROJECTED_PIXELS, pictures.shape[-1])
+        pictures = F.interpolate(pictures, (side, side), mode="area").expand(-1, 3, -1, -1)
+    elif evaluated.paths:
+        columns["path"] = [printable(evaluated.paths[place]) for place in sample.tolist()]
     if evaluated.labels is not None:
         names = (*evaluated.class_names, "none")  # -1 is the last one
         columns["class"] = [names[label] for label in evaluated.labels[sample].tolist()]
@@ -176,7 +175,7 @@ def show_embedding(
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """Put result.json into two lines."""
+    """Put result.json into two lines, or three where later stages have changed the figures."""
     lines = (
         f"{printable(result['data'])}: {counted(result['num_images'], 'image')}, {result['num_clusters']} clusters, "
         f"{counted(result['epochs'], 'epoch')}, {counted(result['world_size'], 'rank')}, seed {result['seed']}, "
@@ -189,4 +188,17 @@ def summary(result: Mapping[str, Any]) -> str:
             f"\naccuracy {accuracy['selected']:.4f} (selected sub-head; mean {accuracy['mean']:.4f} "
             f"± {accuracy['std']:.4f}, best {accuracy['best']:.4f}), NMI {result['nmi']:.4f}, ARI {result['ari']:.4f}"
         )
-    return lines
+    return lines + _by_stage(result["stages"])
+
+
+def _by_stage(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say how right each stage was, k-means beside the one of neighbours; nothing where there is but the first one."""
+    known = {stage: each for stage, each in figures.items() if each.get("accuracy") is not None}
+    if known.keys() <= {"representation"}:
+        return ""
+    said = []
+    for stage, each in known.items():
+        beside = each.get("kmeans_accuracy")
+        kmeans = "" if beside is None else f" (k-means on the same features {beside:.4f})"
+        said.append(f"{stage} {each['accuracy']['selected']:.4f}{kmeans}")
+    return f"\naccuracy by stage: {', '.join(said)}"

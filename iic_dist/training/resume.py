@@ -12,6 +12,7 @@ from iic_dist import distributed
 from iic_dist.errors import RunError
 from iic_dist.files import write_whole
 from iic_dist.training import checkpoint
+from iic_dist.training.stages import STAGES
 
 _logger = logging.getLogger(__name__)
 
@@ -26,13 +27,14 @@ def save(folder: Path, state: Mapping[str, Any], loss: float | None = None) -> b
 
     Args:
         folder: Of the run.
-        state: With its "epoch" and "step".
-        loss: What the best checkpoint is chosen by; None where no whole epoch has been measured.
+        state: With its "epoch" and "step", and its "stage", if that is not the first one.
+        loss: What the best checkpoint of a stage is chosen by; None where no whole epoch has been measured.
     """
     if distributed.rank() != 0:
         return True
     try:
-        checkpoint.save(folder / "checkpoints", state["epoch"], state["step"], state, loss)
+        stage = STAGES.index(state.get("stage", STAGES[0]))
+        checkpoint.save(folder / "checkpoints", state["epoch"], state["step"], state, loss, stage)
     except OSError as error:
         _logger.error("no checkpoint of step %d: %s; the ones before it are intact", state["step"], error)
         return False
@@ -71,9 +73,23 @@ def leave_for_later(folder: Path, state: Mapping[str, Any], signal: str | None) 
     Collective: all ranks must call.
     """
     save_last(folder, state)
+    note_stop(folder, state["step"], state["epoch"], signal)
+
+
+def note_stop(folder: Path, step: int, epoch: int, signal: str | None) -> None:
+    """Write the file PREEMPTED into a folder, which is made if it is not there.
+
+    Args:
+        folder: Of the run.
+        step, epoch: How many are done.
+        signal: Name of the signal that this rank has received, if any; at least one rank has.
+
+    Collective: all ranks must call.
+    """
     received = [name for name in distributed.gather_objects(signal) if name is not None]
     if distributed.rank() == 0:
-        note = {"step": state["step"], "epoch": state["epoch"], "signal": received[0]}
+        folder.mkdir(parents=True, exist_ok=True)
+        note = {"step": step, "epoch": epoch, "signal": received[0]}
         write_whole(folder / PREEMPTED, (json.dumps(note) + "\n").encode())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,8 @@ from iic_dist.training.monitor import Monitor
 from iic_dist.training.neighbour_stage import NeighbourStage
 from iic_dist.training.rank_record import FOLDER, RankLog
 from iic_dist.training.stop import Stopping, StopSignals
+
+_logger = logging.getLogger(__name__)
 
 
 class StagedRun(abc.ABC):
@@ -103,10 +106,6 @@ class StagedRun(abc.ABC):
     def features(self) -> Tensor:
         """Return the features (N, F) of all that is trained on, on the CPU, the same on all ranks."""
 
-    @abc.abstractmethod
-    def show_clusters(self, monitor: Monitor, evaluation: Evaluation) -> None:
-        """Show what is in the clusters."""
-
     @property
     @abc.abstractmethod
     def skipped_steps(self) -> int:
@@ -159,9 +158,9 @@ class StagedRun(abc.ABC):
             elif self._is_complete():
                 continue
             self._lap_started = time.perf_counter()
-            if stage == "neighbours" and self.stage_done:  # stopped while its heads were evaluated
+            if stage == "neighbours" and self.stage_done:  # stopped while its heads were judged
                 with self._progress(0, 0, "step") as bar:
-                    result = self._evaluate_and_show(monitor, bar, stage, True)
+                    result = self._judge_new_heads(monitor, bar)
             elif stage == "neighbours":
                 result = self._train_on_neighbours(folder, monitor)
             else:
@@ -171,7 +170,8 @@ class StagedRun(abc.ABC):
     def _is_complete(self) -> bool:
         """Whether the stage has ended, and nothing is missing: more epochs asked for, or its figures."""
         if self.stage == "neighbours":
-            return self.stage_done and "seconds" in self.stage_figures.get(self.stage, {})
+            figures = {"seconds"} if self.trained_on.labels is None else {"seconds", "kmeans_accuracy"}
+            return self.stage_done and figures <= self.stage_figures.get(self.stage, {}).keys()
         return self.stage_done and not (self.stage == "representation" and self.epoch < self.config.train.epochs)
 
     def _start(self, stage: str) -> None:
@@ -235,17 +235,17 @@ class StagedRun(abc.ABC):
             self._neighbour_state, self.restarts, self.stage_done = None, {}, True
             adopt_heads(self.model, {name: head.to(self.device) for name, head in heads.items()})
             self._lap()
-            share = self._kmeans(stage)
-            self.stage_figures["neighbours"] = {} if share is None else {"kmeans_accuracy": share}
-            result = self._evaluate_and_show(monitor, bar, "neighbours", True)
-            if share is not None:
-                bar.write(f"neighbours: accuracy {share:.4f} by k-means on the same features")
-        resume.save_last(folder, self.state_dict())
+            result = self._judge_new_heads(monitor, bar, stage.features)
+        resume.save_last(folder, self.state_dict(), self.sub_heads.lowest_loss(self.config.clustering_heads))
         return result
 
     def _open_neighbours(self) -> NeighbourStage:
         """Find the neighbours of all that is trained on, and go on from what was saved."""
-        stage = NeighbourStage(self.config, self.features(), exact_device(self.device), lambda images: self._heed())
+        features, k = self.features(), self.config.neighbours.k
+        others = len(features) - 1
+        if others < k and self.place.is_main:
+            _logger.warning("%d images: neighbours.k=%d is taken as %d, all others", len(features), k, others)
+        stage = NeighbourStage(self.config, features, exact_device(self.device), lambda images: self._heed())
         self.neighbours = stage.neighbours
         if self._neighbour_state is not None:
             stage.load_state_dict(self._neighbour_state)
@@ -256,22 +256,32 @@ class StagedRun(abc.ABC):
         for head, value in terms.items():
             numbers |= {f"loss/{head}": value.loss.mean(), **report.head_numbers(head, value)}
         values = report.to_host(numbers)
-        monitor.scalars(self.step, values)
+        monitor.scalars(self.step, values | {"stage": stages.STAGES.index(self.stage) + 1})
         bar.set_description("neighbours", refresh=False)
         bar.set_postfix({head: f"{values[f'loss/{head}']:.3f}" for head in terms}, refresh=False)
 
-    def _kmeans(self, stage: NeighbourStage) -> float | None:
-        """Return the accuracy of k-means on the features' directions; None without labels or on other ranks than 0."""
-        labels = self.trained_on.labels
-        if labels is None or not self.place.is_main:
-            return None
-        k = self.config.clustering_heads[self.clustering_head]
-        return metrics.kmeans_accuracy(stage.directions(), labels, k)
+    def _judge_new_heads(self, monitor: Monitor, bar: tqdm[Any], features: Tensor | None = None) -> dict[str, Any]:
+        """Evaluate the heads that the stage of neighbours has made, and beside them k-means on the same features.
+
+        Args:
+            features: What `features` returns; None where it is still to be asked.
+        """
+        result = self._evaluate_and_show(monitor, bar, "neighbours", True)
+        if (labels := self.trained_on.labels) is not None:
+            features = self.features() if features is None else features
+            k, share = self.config.clustering_heads[self.clustering_head], 0.0
+            if self.place.is_main:
+                share = metrics.kmeans_accuracy(features, labels, k)
+                bar.write(f"neighbours: accuracy {share:.4f} by k-means on the same features")
+            distributed.wait_patiently()
+            share = distributed.broadcast(share)
+            self.stage_figures["neighbours"]["kmeans_accuracy"] = share
+            monitor.scalars(self.step, {"accuracy/kmeans_on_features": share})
+        return result
 
     def _heed(self) -> None:
         """End the stage here where any rank was asked to stop."""
-        if self.poll.stop(self.stop.received is not None):
-            raise Stopping
+        self.poll.heed(self.stop.received)
 
     def _evaluate(self) -> tuple[dict[str, Evaluation], Recommendation]:
         """Evaluate the network head by head, and choose a clustering head."""
@@ -318,8 +328,9 @@ class StagedRun(abc.ABC):
         evaluations, recommendation = self._evaluate()
         figures = self.evaluator.figures(evaluations[recommendation.chosen.head])
         if last:
-            more = {**figures, "seconds": round(self.train_seconds, 2)}
-            self.stage_figures[self.stage] = self.stage_figures.get(self.stage, {}) | more
+            more = recommendation.chosen.as_json()
+            seen = {name: more[name] for name in ("information_share", "used_clusters", "agreement")}
+            self.stage_figures[self.stage] = {**figures, **seen, "seconds": round(self.train_seconds, 2)}
         epochs = self.epoch + (self.stage != "neighbours")
         result = self._result(evaluations, recommendation, epochs)
         health = [evaluation.health for evaluation in evaluations.values()]
@@ -330,7 +341,7 @@ class StagedRun(abc.ABC):
         every = self.config.monitor.pictures_every
         if last or (every and epochs % every == 0):
             shown = evaluations[self.clustering_head]
-            self.show_clusters(monitor, shown)
+            report.show_evaluation(monitor, self.step, self.evaluator, shown, self.model)
             report.show_choices(monitor, self.step, recommendation)
         return result
 

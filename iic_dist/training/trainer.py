@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from iic_dist.config.complete import complete
 from iic_dist.data.source import ImageSource, place_images
 from iic_dist.device import exact_device
 from iic_dist.distributed import Place
-from iic_dist.evaluation import inference
-from iic_dist.evaluation.evaluator import Evaluation, Evaluator
+from iic_dist.evaluation.evaluator import Evaluator
 from iic_dist.losses.step import Terms
-from iic_dist.models import on_device
+from iic_dist.models import Backbone, on_device
 from iic_dist.models.feature_heads import keep_selected, load_network
 from iic_dist.training import report, resume, stages
+from iic_dist.training.extract import Embedder, Precision, extract_images
 from iic_dist.training.forecast import Forecast, advice
 from iic_dist.training.inputs import Inputs
 from iic_dist.training.learner import Learner
@@ -137,9 +137,7 @@ class Trainer(StagedRun):
                 self.epoch, self.stage_done = done, done == last
                 if done == last or done % train.checkpoint_every == 0:
                     save = resume.save_last if done == last else resume.save
-                    first = self.stage == "representation"  # losses of other stages are other losses
-                    loss = self.sub_heads.lowest_loss(self.config.clustering_heads) if first else None
-                    save(folder, self.state_dict(), loss)
+                    save(folder, self.state_dict(), self.sub_heads.lowest_loss(self.config.clustering_heads))
         return result
 
     def _clusters_are_trained(self) -> bool:
@@ -187,7 +185,7 @@ class Trainer(StagedRun):
         values["optim/skipped_steps"] = self.learner.guard.skipped
         values |= {f"{head}/collapsed_sub_heads": len(bad) for head, bad in self.learner.sub_heads.collapsed.items()}
         values["speed/images_per_second"] = steps_per_second * self.config.data.batch_size
-        values["epoch"] = self.epoch + 1
+        values |= {"epoch": self.epoch + 1, "stage": stages.STAGES.index(self.stage) + 1}
         monitor.scalars(self.step, values)
         losses = {head: f"{values[f'loss/{head}']:.3f}" for head in terms}
         bar.set_description(f"epoch {self.epoch + 1}/{self.course.last_epoch}", refresh=False)
@@ -225,27 +223,15 @@ class Trainer(StagedRun):
 
     def features(self) -> Tensor:
         """Return the features of all training images, (N, F) on the CPU; all ranks share the work."""
-        count = len(self.data.train.images)
-        with self._progress(count, 0, "image") as bar:
-            bar.set_description("features", refresh=False)
-
-            def after_each(images: int) -> None:
-                bar.update(min(images * self.place.world_size, count - bar.n))
-                self._heed()
-
-            return inference.all_features(
-                self.model,
-                self.views,
-                self.images,
-                count=count,
-                batch_size=self.config.train.evaluate_batch_size,
-                dtype=self.config.dtype,
-                after_each=after_each,
-            )
-
-    def show_clusters(self, monitor: Monitor, evaluation: Evaluation) -> None:
-        """Show what is in the clusters, and some images by their features."""
-        report.show_evaluation(monitor, self.step, self.evaluator, evaluation, self.model)
+        precision: Precision = "float64" if self.config.train.precision == "float64" else "float32"
+        return extract_images(
+            Embedder(cast(Backbone, self.model.backbone), self.views, self.device, precision),
+            self.images,
+            count=len(self.data.train.images),
+            batch_size=self.config.train.evaluate_batch_size,
+            progress=self.config.monitor.progress and self.place.is_main,
+            after_each=self._heed,
+        )
 
     @property
     def skipped_steps(self) -> int:

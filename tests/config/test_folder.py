@@ -41,6 +41,7 @@ def test_what_is_chosen() -> None:
     assert digits["views.policy"] == "digits"
     assert digits["model.backbone"] == "small_cnn"
     assert (digits["data.image_size"], digits["data.batch_size"], digits["train.epochs"]) == (8, 128, 67)
+    assert digits["neighbours.steps"] == 1000  # measured to help on gray drawings
     photographs = chosen(Survey(50_000, 256, 480, True), num_clusters=20)
     assert photographs["views.policy"] == "simclr"
     assert photographs["model.backbone"] == "resnet18"

@@ -62,7 +62,8 @@ def train_on(images: Path, root: Path, *options: str) -> Path:
     arguments = [
         *("--data.name", f"folder:{images}", "--model.num_clusters", "3", "--run.root", str(root), "--run.name", "run"),
         *("--run.threads", "1", "--run.device", "cpu", "--monitor.progress", "false"),
-        *("--data.cache", str(root / "decoded"), "--train.evaluate_batch_size", "16", *options),
+        *("--data.cache", str(root / "decoded"), "--train.evaluate_batch_size", "16", "--neighbours.steps", "0"),
+        *options,
     ]
     train(parse(arguments, partial(folder.choose, say=lambda line: None)), Place(), StopSignals())
     return root / "run"

@@ -58,6 +58,20 @@ def test_the_one_of_lowest_loss_outlives_the_newest_three(tmp_path: Path) -> Non
     assert [int(path.stem[-8:]) for path in checkpoint.available(tmp_path)] == [8, 7, 6]
 
 
+def test_a_later_stage_has_the_best_whatever_its_loss(tmp_path: Path) -> None:
+    """Losses of two stages are those of different pairs."""
+    for step, (loss, stage) in enumerate([(-3.0, 0), (-1.0, 1), (-2.0, 1), (-1.5, 1), (None, 2)]):
+        checkpoint.save(tmp_path, 0, step, {"step": step}, loss, stage)
+    best = checkpoint.load_best(tmp_path)
+    assert best is not None
+    assert best["step"] == 2
+    manifest = tmp_path / "epoch_00000_step_00000002.json"
+    manifest.write_text(manifest.read_text().replace('"stage": 1', '"stage": "b"'))
+    best = checkpoint.load_best(tmp_path)  # malformed
+    assert best is not None
+    assert best["step"] == 3
+
+
 def test_the_best_falls_back_to_the_next_best(tmp_path: Path) -> None:
     for step, loss in ((1, -1.0), (2, -2.0), (3, -3.0)):
         path = save(tmp_path, step, loss)
