@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from iic_dist.config.console import Parser, errors_in_one_line, log_to_console, run_option, say
@@ -11,7 +13,7 @@ from iic_dist.distributed import Place
 from iic_dist.errors import UsageError
 from iic_dist.evaluation import charts
 from iic_dist.evaluation.health import Health, Recommendation, recommend
-from iic_dist.files import whole
+from iic_dist.files import check_writable, whole
 from iic_dist.training.evaluate import evaluate_run
 
 PICTURE = "choices.png"
@@ -58,14 +60,29 @@ def table(recommendation: Recommendation) -> str:
     return "\n".join([*lines, recommendation.line()])
 
 
-def draw(recommendation: Recommendation, path: Path) -> None:
-    """Write the picture, if it can be written: the table was what was asked for."""
+@contextlib.contextmanager
+def _no_picture(path: Path) -> Iterator[None]:
+    """Say that a picture cannot be written, and go on: the table is what was asked for."""
     try:
-        with whole(path) as part:
-            charts.choices(recommendation).savefig(part)
+        yield
     except OSError as error:
         _log.warning("no picture: %s cannot be written (%s)", path, error.strerror)
-    else:
+
+
+def can_be_drawn(path: Path) -> bool:
+    """Say before the work if the picture cannot be written."""
+    drawn = False
+    with _no_picture(path):
+        check_writable(path)
+        drawn = True
+    return drawn
+
+
+def draw(recommendation: Recommendation, path: Path) -> None:
+    """Write the picture, if it still can be written."""
+    with _no_picture(path):
+        with whole(path) as part:
+            charts.choices(recommendation).savefig(part)
         print(f"picture: {path}", flush=True)
 
 
@@ -74,10 +91,12 @@ def main() -> None:
     log_to_console()
     options, place = _options(), Place.from_environment()
     with errors_in_one_line(place):
+        picture = options.run / PICTURE
+        drawn = place.is_main and options.run.is_dir() and can_be_drawn(picture)
         recommendation = choose(options.run, place)
         say(place, *table(recommendation).splitlines())
-        if place.is_main:
-            draw(recommendation, options.run / PICTURE)
+        if drawn:
+            draw(recommendation, picture)
 
 
 if __name__ == "__main__":

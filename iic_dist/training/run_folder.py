@@ -71,7 +71,7 @@ def _claimed(path: Path, config: Config, launches: list[str]) -> Iterator[RunFol
     if config.run.resume == "never" and (path / CONFIG).exists():
         raise UsageError(f"{path} is there: choose another --run.name, or --run.resume auto to go on with it")
     # The others wait in a collective meanwhile.
-    patience = min(100.0, 30 * config.run.timeout_minutes)
+    patience = min(100.0, 30 * config.run.start_timeout_minutes)
     with owner.owned(path, launches, patience):
         try:
             before = settings_of(path) if (path / CONFIG).exists() else None

@@ -206,6 +206,16 @@ def test_a_root_where_no_run_can_be_kept_is_found_before_the_images_are_read(
 CHOICES = [Health(f"clustering_{k}", k, 0.5, 0.9, k, [10] * k, 0.5, 0.5, 0.1, 3).as_json() for k in (3, 5)]
 
 
+def test_choose_draws_nothing_where_the_disk_fills_up(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    leave_room(disk, 16)
+    before = listing(disk)
+    with caplog.at_level("WARNING"):
+        assert choose.can_be_drawn(disk / "choices.png")
+        choose.draw(recommend([Health.from_json(choice) for choice in CHOICES]), disk / "choices.png")
+    assert caplog.messages == [f"no picture: {disk / 'choices.png'} cannot be written (No space left on device)"]
+    assert listing(disk) == before
+
+
 def test_choose_prints_its_table_where_no_picture_can_be_written(
     disk: Path,
     call: Call,
@@ -215,7 +225,12 @@ def test_choose_prints_its_table_where_no_picture_can_be_written(
 ) -> None:
     """A run that lies where nothing can be written ended in a traceback instead of the table."""
     said: list[str] = []
-    monkeypatch.setattr(choose, "evaluate_run", lambda *_: {"choices": CHOICES})
+
+    def evaluate_run(*_: object) -> dict[str, object]:
+        assert len(caplog.messages) == 1  # said before the work
+        return {"choices": CHOICES}
+
+    monkeypatch.setattr(choose, "evaluate_run", evaluate_run)
     monkeypatch.setattr(choose, "say", lambda _, line: said.append(line))
     make_read_only(disk)
     with caplog.at_level("WARNING"):

@@ -78,7 +78,6 @@ def test_a_run_without_a_name_gets_the_next_number(tmp_path: Path) -> None:
 def test_a_launch_finds_its_own_folder_and_no_other(tmp_path: Path) -> None:
     """A restart took the newest folder of its name, which another job had opened meanwhile."""
     config = parse(["--run.root", str(tmp_path)])
-    config.run.timeout_minutes = 1e-3
     for launches in (["one"], ["two", "three"]):
         with owned(run_folder(config, launches), launches, 0):
             (run_folder(config, launches) / "kept").touch()

@@ -131,6 +131,24 @@ def test_a_later_stage_finds_the_neighbours_of_new_images_until_its_heads_are_th
         run(images, "--train.epochs", "1", "--run.new_images", "true", *NEIGHBOURS)
 
 
+def test_other_rows_of_a_file_are_refused(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    options = ["--data.name", f"features:{tmp_path / 'rows.npy'}", "--run.root", str(tmp_path), *BRIEF, *NEIGHBOURS]
+
+    def cluster(*more: str) -> None:
+        config, chosen = command.read([*options, *more], Place())
+        command.train(config, Place(), StopSignals(), chosen)
+
+    np.save(tmp_path / "rows.npy", rows)
+    cluster()
+    cluster()
+    np.save(tmp_path / "rows.npy", np.concatenate([rows[:-1] + (np.arange(59) == 7)[:, None], rows[:4]]))
+    with pytest.raises(UsageError, match="other rows than features:.* holds now: 3 added, 0 gone, 2 changed, of 60; "):
+        cluster()
+    with pytest.raises(UsageError, match="its heads on neighbours were trained on those: choose another --run.name"):
+        cluster("--run.new_images", "true")
+
+
 def test_a_state_of_before_says_nothing_of_images_and_goes_on(images: Path) -> None:
     trained = run(images, "--train.epochs", "1")
     state = state_of(trained)
