@@ -80,7 +80,7 @@ def settings(
         if colour
         else Choice("digits", "gray: slight turns, shifts and changes of contrast, no mirror images")
     )
-    heads = _contrast_first(size, on_cpu) if colour or size >= _SMALLEST_CONTRAST else _together(largest)
+    heads = _contrast_first(size, on_cpu) if colour or size >= _SMALLEST_CONTRAST else _gray_heads(largest)
     return {
         "data.image_size": Choice(size, f"the median shorter side, from 8 to {largest_side}"),
         "data.batch_size": Choice(
@@ -102,6 +102,15 @@ def settings(
         "train.evaluate_batch_size": Choice(256, "little memory"),
         **heads,
     }
+
+
+def _epochs(num_images: int, seen: int, fewest: int, size: int, on_cpu: bool) -> Choice:
+    """Choose how long to train: until so many images are seen, in at least so many epochs, if a CPU can do that."""
+    epochs = min(_MOST_EPOCHS, max(fewest, round(seen / num_images)))
+    affordable = max(1, round(_CPU_IMAGES * (_SMALL_SIDE / size) ** 2 / num_images))
+    if on_cpu and affordable < epochs:
+        return Choice(affordable, CPU_REASON)
+    return Choice(epochs, f"about {seen:,} images seen, from {fewest} to {_MOST_EPOCHS} epochs")
 
 
 def batch_size(num_images: int, world_size: int) -> int:
@@ -133,17 +142,8 @@ def with_batch_that_fits(config: Config, num_images: int, world_size: int, say: 
     return config
 
 
-def _epochs(num_images: int, seen: int, fewest: int, size: int, on_cpu: bool) -> Choice:
-    """Choose how long to train: until so many images are seen, in at least so many epochs, if a CPU can do that."""
-    epochs = min(_MOST_EPOCHS, max(fewest, round(seen / num_images)))
-    affordable = max(1, round(_CPU_IMAGES * (_SMALL_SIDE / size) ** 2 / num_images))
-    if on_cpu and affordable < epochs:
-        return Choice(affordable, CPU_REASON)
-    return Choice(epochs, f"about {seen:,} images seen, from {fewest} to {_MOST_EPOCHS} epochs")
-
-
-def _together(num_clusters: int) -> dict[str, Choice]:
-    """Choose what the heads learn from tiny gray images: to cluster from the first step on."""
+def _gray_heads(num_clusters: int) -> dict[str, Choice]:
+    """Choose what the heads learn from gray images: to cluster from the first step on."""
     return {"model.num_overclusters": Choice(3 * num_clusters, "three times the clusters")}
 
 
