@@ -37,7 +37,7 @@ _ALL_EPOCHS = 10_000
 CPU_REASON = "what a CPU does in less than half an hour"
 _PHOTOGRAPH_SIDE = 64
 _LARGEST_SIDE, _LARGEST_ON_CPU = 96, 48
-_SMALL_SIDE = 32
+_SMALL_SIDE, _SMALLEST_CONTRAST = 32, 16
 _FEWEST, _MOST_EPOCHS = {"small_cnn": 30, "resnet18": 50}, 400
 _CPU_IMAGES = 400_000
 """Images of 32 px that a CPU looks at in less than 30 minutes: 250 a second with small_cnn; larger ones take longer."""
@@ -73,20 +73,14 @@ def settings(
     small = size <= _SMALL_SIDE and not colour
     backbone = "small_cnn" if small or on_cpu else "resnet18"
     count = found.num_readable
-    seen = 120_000 if small else 1_000_000
     largest = max(num_clusters) if isinstance(num_clusters, list) else num_clusters or 10
-    epochs = min(_MOST_EPOCHS, max(_FEWEST[backbone], round(seen / count)))
-    reason = f"about {seen:,} images seen, from {_FEWEST[backbone]} to {_MOST_EPOCHS} epochs"
-    affordable = max(1, round(_CPU_IMAGES * (_SMALL_SIDE / size) ** 2 / count))
-    if on_cpu and affordable < epochs:
-        epochs, reason = affordable, CPU_REASON
     kind = "in colour" if colour else "gray"
     policy = (
         Choice("simclr", "in colour: crops, mirror images, changes of colour")
         if colour
         else Choice("digits", "gray: slight turns, shifts and changes of contrast, no mirror images")
     )
-    heads = _colour_heads(size, on_cpu) if colour else _gray_heads(largest)
+    heads = _contrast_first(size, on_cpu) if colour or size >= _SMALLEST_CONTRAST else _gray_heads(largest)
     return {
         "data.image_size": Choice(size, f"the median shorter side, from 8 to {largest_side}"),
         "data.batch_size": Choice(
@@ -104,10 +98,19 @@ def settings(
         "loss.entropy_weight": Choice(2.0, "pushes towards clusters of equal size"),
         "optim.lr": Choice(2e-3 if backbone == "small_cnn" else 1e-3, f"with Adam and {backbone}"),
         "optim.schedule": Choice("cosine", "down to zero"),
-        "train.epochs": Choice(epochs, reason),
+        "train.epochs": _epochs(count, 120_000 if small else 1_000_000, _FEWEST[backbone], size, on_cpu),
         "train.evaluate_batch_size": Choice(256, "little memory"),
         **heads,
     }
+
+
+def _epochs(num_images: int, seen: int, fewest: int, size: int, on_cpu: bool) -> Choice:
+    """Choose how long to train: until so many images are seen, in at least so many epochs, if a CPU can do that."""
+    epochs = min(_MOST_EPOCHS, max(fewest, round(seen / num_images)))
+    affordable = max(1, round(_CPU_IMAGES * (_SMALL_SIDE / size) ** 2 / num_images))
+    if on_cpu and affordable < epochs:
+        return Choice(affordable, CPU_REASON)
+    return Choice(epochs, f"about {seen:,} images seen, from {fewest} to {_MOST_EPOCHS} epochs")
 
 
 def batch_size(num_images: int, world_size: int) -> int:
@@ -147,14 +150,14 @@ def _gray_heads(num_clusters: int) -> dict[str, Choice]:
     }
 
 
-def _colour_heads(size: int, on_cpu: bool) -> dict[str, Choice]:
-    """Choose what the heads learn from colour images: contrast first, then clusters from neighbours in the features."""
+def _contrast_first(size: int, on_cpu: bool) -> dict[str, Choice]:
+    """Choose what the heads learn: contrast alone, then clusters from neighbours in the features."""
     heads = {
         "train.contrastive_warmup_epochs": Choice(_ALL_EPOCHS, "contrast alone, in all epochs"),
         "loss.temperature": Choice(0.2, "of the contrast"),
         NEIGHBOURS: Choice(STEPS, "then clusters, from each image and its nearest ones"),
     }
-    if on_cpu and size >= 16:
+    if on_cpu and size >= _SMALLEST_CONTRAST:
         heads["views.size"] = Choice(3 * size // 4, "three quarters of the side take half the time")
         heads["views.evaluate_size"] = Choice(size, "whole images at their own size")
     return heads

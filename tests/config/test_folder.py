@@ -64,6 +64,8 @@ def test_a_cpu_gets_what_it_can_do_in_half_an_hour() -> None:
     assert chosen(small, on_cpu=True) == chosen(small, on_cpu=False)
     photographs = chosen(Survey(10_000, 256, 32, True), on_cpu=True)
     assert (photographs["views.size"], photographs["views.evaluate_size"]) == (24, 32)
+    drawings = chosen(Survey(5000, 256, 28, False), on_cpu=True)
+    assert (drawings["train.epochs"], drawings["views.size"], drawings["neighbours.steps"]) == (30, 21, 1000)
 
 
 def test_a_batch_is_never_more_than_the_images() -> None:
