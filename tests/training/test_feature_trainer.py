@@ -152,7 +152,7 @@ def test_onnx_of_a_run_on_rows(of_file: Path, blobs: Path, tmp_path: Path, monke
 
 
 def test_features_of_another_run_are_one_line(blobs: Path, tmp_path: Path) -> None:
-    """A run that was stopped goes on with the rows that it began with, or not at all."""
+    """A run that was stopped goes on with the rows that it began with, unless it is told otherwise."""
     file = tmp_path / "rows.npy"
     np.save(file, np.load(blobs))
     options = ["--neighbours.steps", "20", "--train.checkpoint_every_steps", "10", "--model.num_clusters", "4"]
@@ -160,7 +160,7 @@ def test_features_of_another_run_are_one_line(blobs: Path, tmp_path: Path) -> No
     newest = checkpoint.available(folder / "checkpoints")[0]
     newest.unlink()
     np.save(file, np.load(blobs)[::-1])
-    with pytest.raises(UsageError, match=r"rows.npy holds other features than those that it was trained on"):
+    with pytest.raises(UsageError, match=r"other rows than features:.*rows.npy holds now: 0 added, 0 gone"):
         run(f"features:{file}", tmp_path, *options)
 
 
