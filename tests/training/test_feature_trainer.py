@@ -170,7 +170,7 @@ def test_fewer_rows_than_clusters_are_one_line(tmp_path: Path, caplog: pytest.Lo
     with pytest.raises(UsageError, match=r"model.num_clusters=6: features:.*rows.npy has 5 rows: ask for fewer"):
         run(*options, "6")
     run(*options, "2")
-    assert "5 images: neighbours.k=20 is taken as 4, all others" in caplog.messages
+    assert "5 images: neighbours.k=15 is taken as 4, all others" in caplog.messages
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20])
