@@ -44,8 +44,8 @@ def complete(config: Config, train: ImageSet | FeatureSet) -> Config:
     What it says of the images is enough to build the network and its input again without them.
 
     Raises:
-        UsageError: there is one image alone, or fewer than clusters; the number of clusters is not given and the images
-            have no classes to count; or the images have another size or other channels than the config says.
+        UsageError: there is one image alone; the number of clusters is not given and the images have no classes to
+            count; or the images have another size or other channels than the config says.
     """
     config = copy.deepcopy(config)
     count = len(train) if isinstance(train, FeatureSet) else len(train.images)
@@ -57,9 +57,6 @@ def complete(config: Config, train: ImageSet | FeatureSet) -> Config:
                 f"{train.name} has no classes to count: say how many clusters you want with --model.num_clusters"
             )
         config.model.num_clusters = train.num_classes
-    if count < (most := max(config.clustering_heads.values())):
-        kind = "images" if isinstance(train, ImageSet) else "rows"
-        raise UsageError(f"model.num_clusters={most}: {train.name} has {count} {kind}: ask for fewer clusters")
     if isinstance(config.loss.prior, str) and config.loss.prior not in ("uniform", "free"):
         config.loss.prior = read_sizes(config.loss.prior)
     _check_prior(config)

@@ -189,7 +189,7 @@ def kmeans_accuracy(images: Tensor, labels: Tensor, num_clusters: int, seed: int
     if images.dtype != torch.uint8:
         mean = torch.stack([block.double().sum(0) for block in blocks]).sum(0) / len(images)
     sample = images[:: max(1, len(images) // KMEANS_SAMPLE)]
-    kmeans = KMeans(num_clusters, n_init=10, random_state=seed).fit(_points(sample, mean))
+    kmeans = KMeans(min(num_clusters, len(sample)), n_init=10, random_state=seed).fit(_points(sample, mean))
     assigned = np.concatenate([kmeans.predict(_points(block, mean)) for block in blocks])
     predictions = torch.from_numpy(assigned).long().unsqueeze(1)
     return accuracy(count_matrix(predictions, labels, num_clusters, int(labels.max()) + 1)[0])

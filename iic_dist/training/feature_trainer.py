@@ -12,7 +12,6 @@ from iic_dist.config import Config
 from iic_dist.config.arithmetic import for_device
 from iic_dist.config.build import build_model
 from iic_dist.config.complete import complete
-from iic_dist.data.features import PREFIX
 from iic_dist.distributed import Place
 from iic_dist.evaluation.evaluator import Evaluator
 from iic_dist.evaluation.sub_heads import SubHeadRecord
@@ -84,11 +83,6 @@ class FeatureTrainer(StagedRun):
             dtype=self.config.dtype,
         )
 
-    @property
-    def _checksum(self) -> int | None:
-        """Of the features of a file; those of images are made anew on another machine, and differ in the last bits."""
-        return self.data.train.checksum if self.data.train.name.startswith(PREFIX) else None
-
     def show_start(self, monitor: Monitor) -> None:
         """Show nothing: there are no views."""
 
@@ -111,7 +105,7 @@ class FeatureTrainer(StagedRun):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a later process needs to go on, and to use the run without the weights' file."""
-        state = self.common_state() | {"features": self._checksum}
+        state = self.common_state()
         if self.stage_done:
             state |= {"model": self._whole().state_dict(), "sub_heads": self.sub_heads.state_dict()}
         return state
@@ -130,8 +124,6 @@ class FeatureTrainer(StagedRun):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
-        if not state["stage_done"] and state.get("features", self._checksum) != self._checksum:
-            raise ValueError(f"{self.data.train.name} holds other features than those that it was trained on")
         self.load_common_state(state)
         if self.stage_done:
             heads = heads_of_state(state["model"], self.config.clustering_heads)
