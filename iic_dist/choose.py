@@ -83,7 +83,7 @@ def draw(recommendation: Recommendation, path: Path) -> None:
     with _no_picture(path):
         with whole(path) as part:
             charts.choices(recommendation).savefig(part)
-        print(f"picture: {path}", flush=True)
+        say(Place(), f"picture: {path}")
 
 
 def main() -> None:

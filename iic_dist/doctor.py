@@ -114,14 +114,14 @@ def _report(line: Callable[[str], None]) -> bool:
 
 def _report_of_a_run(run: Path) -> bool:
     # Here, for a bare machine with torch alone can be looked at without what these need.
-    from iic_dist.config.console import errors_in_one_line
+    from iic_dist.config.console import errors_in_one_line, log_to_console, say
     from iic_dist.distributed import Place
     from iic_dist.training import examination
 
+    log_to_console()
     with errors_in_one_line(Place()):
         found = examination.examine(run)
-    for line in examination.report(found):
-        print(line)
+    say(Place(), *examination.report(found))
     return found.is_well
 
 

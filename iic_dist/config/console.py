@@ -64,7 +64,7 @@ def errors_in_one_line(place: Place, *, system_error: int = 1) -> Iterator[None]
     except RuntimeError as error:
         if (why := failure.why_it_failed(error, place)) is None:
             raise
-        print(f"error: rank {place.rank}: {why}", file=sys.stderr, flush=True)
+        print(f"error: rank {place.rank}: {printable(why)}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         distributed.stop()

@@ -65,5 +65,5 @@ def advice(epochs: str, backbone: str, device: str) -> str:
     ways = [f"fewer {epochs}"]
     if backbone != "small_cnn":
         ways.append("a smaller --model.backbone")
-    ways.append("a GPU" if device == "cpu" else "more GPUs")
+    ways += {"cpu": ["a GPU"], "cuda": ["more GPUs"]}.get(device, [])
     return f"{', '.join(ways[:-1])}, or {ways[-1]}" if len(ways) > 2 else " or ".join(ways)

@@ -57,6 +57,7 @@ def test_advice_names_what_can_be_changed() -> None:
     ways = advice("--train.epochs", "resnet18", "cpu")
     assert ways == "fewer --train.epochs, a smaller --model.backbone, or a GPU"
     assert advice("--refine.epochs", "small_cnn", "cuda") == "fewer --refine.epochs or more GPUs"
+    assert advice("--train.epochs", "small_cnn", "mps") == "fewer --train.epochs"
 
 
 def test_a_training_of_hours_says_so(tmp_path: Path) -> None:
