@@ -231,10 +231,11 @@ def test_choose_prints_its_table_where_no_picture_can_be_written(
         return {"choices": CHOICES}
 
     monkeypatch.setattr(choose, "evaluate_run", evaluate_run)
-    monkeypatch.setattr(choose, "say", lambda _, line: said.append(line))
+    monkeypatch.setattr(choose, "say", lambda _, *lines: said.extend(lines))
     make_read_only(disk)
     with caplog.at_level("WARNING"):
         assert call(choose, "--run", disk)[0] == 0
-    assert "is recommended: " in said[0]
+    assert said[0].split()[0] == "K"
+    assert [line.split()[0] for line in said[1:3]] == ["3", "5"]
     assert caplog.messages == [f"no picture: {disk / 'choices.png'} cannot be written (Read-only file system)"]
     assert listing(disk) == []
