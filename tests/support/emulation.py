@@ -12,29 +12,32 @@ import hashlib
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 DEVICE = ROOT / "tests/emulation/device"
 BUILD = ROOT / "build/emulation"
 OPS = ("iic", "nt_xent", "augment")
+LIBRARY = "iic_dist_emulated"
+RUNTIME = "libemulation.so"
 COMPILER = shutil.which("g++")
 
 TORCH = Path(torch.__file__).parent
-INCLUDE = [DEVICE / "include", DEVICE, TORCH / "include", TORCH / "include/torch/csrc/api/include"]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-DEMULATED_ARCH=900", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+FLAGS = [
+    *("-std=c++20", "-O1", "-g1", "-fPIC", "-DEMULATED_ARCH=900"),
+    *(f"-I{DEVICE / 'include'}", f"-I{DEVICE}"),  # before torch's own c10/cuda
+    *(f"-isystem{TORCH / path}" for path in ("include", "include/torch/csrc/api/include")),
+]
 WATCHED = ["-fsanitize=thread,alignment,bounds", "-ftrivial-auto-var-init=pattern", "-fno-gnu-unique"]
 """What makes the compiler call tests/emulation/device/memory.cpp, and fills local variables with something absurd."""
-LIBRARIES = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
 # ---- translation
@@ -113,6 +116,25 @@ def split(text: str, separator: str) -> list[str]:
 # ---- compilation
 
 
+def build(folder: Path) -> Path:
+    """Compile the device and all ops of this tree below `folder`, unless these very sources are there; gives where."""
+    sources = sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*"), *DEVICE.rglob("*.*"), Path(__file__)])
+    contents = b"".join(path.read_bytes() for path in sources) + torch.__version__.encode()
+    target = folder / hashlib.sha256(contents).hexdigest()[:16]
+    if not (target / "whole").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of older sources
+        write(CSRC, target)
+        with ThreadPoolExecutor(2) as pool:
+            runtime = pool.submit(compile_runtime, target)
+            compiled = [pool.submit(compile_op, op, target, LIBRARY) for op in OPS]
+            runtime.result()
+            for op, each in zip(OPS, compiled, strict=True):
+                each.result()
+                link_op(op, target, target)
+        (target / "whole").touch()
+    return target
+
+
 def write(csrc: Path, folder: Path) -> None:
     """Translate what the CUDA sources of `csrc` are made of into a tree below `folder`."""
     for path in (*csrc.glob("*.h"), *csrc.glob("cuda/*")):
@@ -121,29 +143,82 @@ def write(csrc: Path, folder: Path) -> None:
         target.write_text(f'#line 1 "{path.name}"\n{translate(path.read_text())}')
 
 
-def compile_op(op: str, folder: Path, library: str, runtime: Path) -> Path:
-    """Compile csrc/cuda/`op`_cuda.cu of a translated tree into `folder`; its ops register in `library`."""
-    source, compiled, target = (folder / name for name in (f"cuda/{op}_cuda.cu", f"{op}.o", f"{op}.so"))
-    given = [f"-DEMULATED_LIBRARY={library}", "-include", "cuda.h", "-x", "c++", "-c", str(source)]
-    run([*FLAGS, *WATCHED, *includes(), *given, "-o", str(compiled)])
-    run(["-shared", str(compiled), str(runtime), *LIBRARIES, "-o", str(target)])  # not the compiler's own for WATCHED
-    return target
+def compile_op(op: str, folder: Path, library: str) -> None:
+    """Compile cuda/`op`_cuda.cu of a translated tree, its op to be registered in `library`."""
+    given = [f"-DEMULATED_LIBRARY={library}", "-include", "cuda.h", "-x", "c++", "-c", f"{folder}/cuda/{op}_cuda.cu"]
+    run([*FLAGS, *WATCHED, *given, "-o", f"{folder}/{op}.o"])
 
 
-def compile_runtime(folder: Path) -> Path:
-    """The emulated device, without an op."""
-    target = folder / "libemulation.so"
+def link_op(op: str, folder: Path, runtime: Path) -> None:
+    """Link what `compile_op` left to the device, in the place of the compiler's own libraries for WATCHED."""
+    run(["-shared", f"{folder}/{op}.o", *linked(runtime), "-o", f"{folder}/{op}.so"])
+
+
+def compile_runtime(folder: Path) -> None:
+    """Compile the emulated device, which all ops share."""
     sources = [str(DEVICE / name) for name in ("device.cpp", "memory.cpp", "ptx.cpp")]
-    run([*FLAGS, *includes(), "-Wall", *sources, "-shared", *LIBRARIES, "-o", str(target)])
-    return target
+    run([*FLAGS, "-Wall", "-Werror", *sources, "-shared", *linked(), "-o", f"{folder}/{RUNTIME}"])
 
 
-def includes() -> list[str]:
-    return [f"-I{path}" for path in INCLUDE[:2]] + [f"-isystem{path}" for path in INCLUDE[2:]]
+def linked(runtime: Path | None = None) -> list[str]:
+    own = [f"{runtime}/{RUNTIME}"] if runtime else []
+    return [*own, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
 def run(arguments: list[str]) -> None:
     assert COMPILER is not None
     done = subprocess.run([COMPILER, *arguments], capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"g++ {arguments[-1]}:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"g++ {' '.join(arguments[-2:])}:\n{done.stderr[:4000]}")
+
+
+# ---- use
+
+
+def schemas() -> list[str]:
+    """Those of csrc/library.cpp."""
+    definitions = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', (CSRC / "library.cpp").read_text())
+    return ["".join(re.findall(r'"([^"]*)"', each)) for each in definitions]
+
+
+@cache
+def device(folder: Path) -> ctypes.CDLL:
+    """The emulated device, which is one in a process."""
+    return ctypes.CDLL(str(folder / RUNTIME), mode=ctypes.RTLD_GLOBAL)
+
+
+@cache
+def ops(folder: Path, library: str = LIBRARY, names: tuple[str, ...] = OPS) -> Any:
+    """The ops that lie compiled in `folder`, as torch.ops gives them."""
+    definitions = torch.library.Library(library, "DEF")
+    _KEPT.append(definitions)
+    for schema in schemas():
+        definitions.define(schema)
+    for name in names:
+        torch.ops.load_library(str(folder / f"{name}.so"))
+    return getattr(torch.ops, library)
+
+
+_KEPT: list[torch.library.Library] = []
+"""Libraries live as long as their definitions are held."""
+
+
+@contextmanager
+def running(folder: Path, seed: int = 0, compute_capability: int = 9) -> Iterator[None]:
+    """Inside, tensors are watched buffers, full of NaN at first, and the emulated library can multiply as CUDA's does.
+
+    Args:
+        folder: as `build` gives it.
+        seed: of the order in which blocks and warps run.
+        compute_capability: of the device, 8 or 9.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("bmm.dtype", lambda a, b, dtype: torch.bmm(a.to(dtype), b.to(dtype)), "CPU")
+    library.impl("bmm.dtype_out", lambda a, b, dtype, out: out.copy_(torch.bmm(a.to(dtype), b.to(dtype))), "CPU")
+    device(folder).emulation_set(seed, compute_capability)
+    device(folder).emulation_guard(True)
+    try:
+        yield
+    finally:
+        device(folder).emulation_guard(False)
+        library._destroy()
