@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_cases import VIEW_CASES, View, check_many_views, check_view
+from emulated_views import VIEW_CASES, View, check_many_views, check_view
 from view_cases import arguments
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import emulation
 import pytest
 import torch
-from emulated_cases import IIC, IIC_CASES, check_iic, compare_iic, logits, published_iic
+from emulated_iic import IIC, IIC_CASES, check_iic, compare_iic, logits, published_iic
 
 FAMILIES = [10, 70, 170]
 """Numbers of clusters, one for each."""

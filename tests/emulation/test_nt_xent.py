@@ -9,7 +9,7 @@ from typing import Any
 import emulation
 import pytest
 import torch
-from emulated_cases import NT_XENT_CASES, NTXent, check_nt_xent, unit_rows
+from emulated_nt_xent import NT_XENT_CASES, NTXent, check_nt_xent, unit_rows
 
 
 @pytest.mark.parametrize("case", NT_XENT_CASES, ids=str)

@@ -38,6 +38,7 @@ FLAGS = [
 ]
 WATCHED = ["-fsanitize=thread,alignment,bounds", "-ftrivial-auto-var-init=pattern", "-fno-gnu-unique"]
 """What makes the compiler call tests/emulation/device/memory.cpp, and fills local variables with something absurd."""
+LIBRARIES = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
 # ---- translation
@@ -50,6 +51,12 @@ NAMES = {
     ".is_cuda()": ".is_cpu()",  # where the tensors of the emulated device are
     "TORCH_LIBRARY_IMPL(iic_dist, CUDA,": "TORCH_LIBRARY_IMPL(EMULATED_LIBRARY, CPU,",
 }
+SMALL = {
+    "kMultiprocessors = 132;": "kMultiprocessors = 4;",
+    "kSpillingBlocks = 512;": "kSpillingBlocks = 4;",
+    "kLibraryElements = 1 << 22;": "kLibraryElements = 1 << 10;",
+}
+"""A device so small that a block has several tiles or views, and a call several blocks, with small inputs already."""
 
 
 def translate(text: str) -> str:
@@ -71,7 +78,7 @@ def translate(text: str) -> str:
     text = DYNAMIC.sub(dynamic, text)
     text = SHARED.sub(shared, text)
     text = LAUNCH.sub(r" << emulation::Launch(\1)", text)
-    for old, new in NAMES.items():
+    for old, new in (NAMES | SMALL).items():
         text = text.replace(old, new)
     return assembler(text)
 
@@ -81,9 +88,16 @@ def assembler(text: str) -> str:
     for match in reversed(list(re.finditer(r"\basm(?: volatile)?\(", text))):
         end = closing(text, match.end())
         code, *operands = split(text[match.end() : end], ":")
-        registers = [each.strip()[each.strip().index("(") :] for part in operands[:2] if part.strip() for each in split(part, ",")]
+        registers = [
+            each.strip()[each.strip().index("(") :]
+            for part in operands[:2]
+            if part.strip()
+            for each in split(part, ",")
+        ]
         opcode, _, given = "".join(re.findall(r'"(.*?)"', code)).rstrip(";").partition(" ")
-        given = re.sub(r"%(\d+)", lambda number: registers[int(number[1])], re.sub(r"[{}\[\]]", "", given))
+        given = re.sub(r"[{}\[\]]", "", given)
+        for number in reversed(range(len(registers))):
+            given = given.replace(f"%{number}", registers[number])
         call = f"emulation::ptx::{opcode.replace('.', '_').replace('::', '_')}({given})"
         missing = text.count("\n", match.start(), end) - call.count("\n")
         text = f"{text[: match.start()]}{call}{chr(10) * missing}{text[end + 1 :]}"
@@ -118,51 +132,55 @@ def split(text: str, separator: str) -> list[str]:
 
 def build(folder: Path) -> Path:
     """Compile the device and all ops of this tree below `folder`, unless these very sources are there; gives where."""
-    sources = sorted([*CSRC.glob("*.h"), *CSRC.glob("cuda/*"), *DEVICE.rglob("*.*"), Path(__file__)])
-    contents = b"".join(path.read_bytes() for path in sources) + torch.__version__.encode()
-    target = folder / hashlib.sha256(contents).hexdigest()[:16]
+    translated = translate_tree(CSRC)
+    own = "".join(path.read_text() for path in sorted(DEVICE.rglob("*.*")))
+    everything = "".join([*translated.values(), own, *FLAGS, *WATCHED, torch.__version__])
+    target = folder / hashlib.sha256(everything.encode()).hexdigest()[:16]
     if not (target / "whole").exists():
         shutil.rmtree(folder, ignore_errors=True)  # of older sources
-        write(CSRC, target)
+        write(translated, target)
         with ThreadPoolExecutor(2) as pool:
-            runtime = pool.submit(compile_runtime, target)
-            compiled = [pool.submit(compile_op, op, target, LIBRARY) for op in OPS]
-            runtime.result()
-            for op, each in zip(OPS, compiled, strict=True):
+            started = [pool.submit(compile_op, op, target, LIBRARY) for op in OPS]
+            compile_runtime(target)
+            for op, each in zip(OPS, started, strict=True):
                 each.result()
-                link_op(op, target, target)
+                link(f"{target}/{op}.o", f"{target}/{op}.so", target)
         (target / "whole").touch()
     return target
 
 
-def write(csrc: Path, folder: Path) -> None:
-    """Translate what the CUDA sources of `csrc` are made of into a tree below `folder`."""
-    for path in (*csrc.glob("*.h"), *csrc.glob("cuda/*")):
-        target = folder / path.relative_to(csrc)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(f'#line 1 "{path.name}"\n{translate(path.read_text())}')
+def translate_tree(csrc: Path) -> dict[str, str]:
+    """What the CUDA sources are made of, as C++: path -> text."""
+    paths = sorted([*csrc.glob("*.h"), *csrc.glob("cuda/*")])
+    return {str(path.relative_to(csrc)): f'#line 1 "{path.name}"\n{translate(path.read_text())}' for path in paths}
 
 
-def compile_op(op: str, folder: Path, library: str) -> None:
+def write(translated: dict[str, str], folder: Path) -> None:
+    for name, text in translated.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def compile_op(op: str, folder: Path, library: str, prelude: str = "cuda.h") -> None:
     """Compile cuda/`op`_cuda.cu of a translated tree, its op to be registered in `library`."""
-    given = [f"-DEMULATED_LIBRARY={library}", "-include", "cuda.h", "-x", "c++", "-c", f"{folder}/cuda/{op}_cuda.cu"]
-    run([*FLAGS, *WATCHED, *given, "-o", f"{folder}/{op}.o"])
+    given = (f"-DEMULATED_LIBRARY={library}", "-include", prelude)
+    compile_source(f"{folder}/cuda/{op}_cuda.cu", f"{folder}/{op}.o", *given)
 
 
-def link_op(op: str, folder: Path, runtime: Path) -> None:
-    """Link what `compile_op` left to the device, in the place of the compiler's own libraries for WATCHED."""
-    run(["-shared", f"{folder}/{op}.o", *linked(runtime), "-o", f"{folder}/{op}.so"])
+def compile_source(source: str, target: str, *given: str) -> None:
+    """Compile a translated source so that the device sees what its threads do."""
+    run([*FLAGS, *WATCHED, *given, "-x", "c++", "-c", source, "-o", target])
+
+
+def link(compiled: str, target: str, built: Path) -> None:
+    """Link to the device in `built`, in the place of the compiler's own libraries for WATCHED."""
+    run(["-shared", compiled, f"{built}/{RUNTIME}", *LIBRARIES, "-o", target])
 
 
 def compile_runtime(folder: Path) -> None:
     """Compile the emulated device, which all ops share."""
-    sources = [str(DEVICE / name) for name in ("device.cpp", "memory.cpp", "ptx.cpp")]
-    run([*FLAGS, "-Wall", "-Werror", *sources, "-shared", *linked(), "-o", f"{folder}/{RUNTIME}"])
-
-
-def linked(runtime: Path | None = None) -> list[str]:
-    own = [f"{runtime}/{RUNTIME}"] if runtime else []
-    return [*own, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    sources = map(str, sorted(DEVICE.glob("*.cpp")))
+    run([*FLAGS, "-O2", "-Wall", "-Werror", *sources, "-shared", *LIBRARIES, "-o", f"{folder}/{RUNTIME}"])
 
 
 def run(arguments: list[str]) -> None:
@@ -215,7 +233,8 @@ def running(folder: Path, seed: int = 0, compute_capability: int = 9) -> Iterato
     library = torch.library.Library("aten", "IMPL")
     library.impl("bmm.dtype", lambda a, b, dtype: torch.bmm(a.to(dtype), b.to(dtype)), "CPU")
     library.impl("bmm.dtype_out", lambda a, b, dtype, out: out.copy_(torch.bmm(a.to(dtype), b.to(dtype))), "CPU")
-    device(folder).emulation_set(seed, compute_capability)
+    device(folder).emulation_seed(seed)
+    device(folder).emulation_capability(compute_capability)
     device(folder).emulation_guard(True)
     try:
         yield

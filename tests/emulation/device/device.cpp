@@ -6,14 +6,12 @@
 #include <csetjmp>
 #include <cstdio>
 #include <cstring>
-#include <dlfcn.h>
 #include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <sys/mman.h>
 #include <ucontext.h>
-#include <unordered_map>
 #include <vector>
 
 #include "memory.h"
@@ -27,10 +25,7 @@ size_t launch_call_bytes = 0;
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr size_t kMaxShared = 99 * 1024;         // of any device from 8.0 on, where a kernel asks for it
-constexpr size_t kMaxSharedUnasked = 48 * 1024;
-constexpr size_t kMaxSteps = size_t{1} << 31;    // of a launch; a mutation may loop for ever
-constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kMaxSteps = size_t{1} << 29;  // of a launch; a mutation may loop for ever
 
 enum class State { kReady, kWarp, kBlock, kCluster, kDone };
 
@@ -77,8 +72,6 @@ Launch* launch = nullptr;
 Fibre* current = nullptr;
 jmp_buf scheduler;
 std::mt19937 order;
-int capability = 9;
-std::unordered_map<const void*, size_t> allowed_shared;
 
 // Stacks with a page below that faults; kept from launch to launch.
 char* stack_of(size_t number) {
@@ -216,39 +209,6 @@ void run_cluster(Index first) {
   }
 }
 
-void check_shape(const LaunchShape& shape, const void* kernel) {
-  const auto refuse = [](const std::string& what) { throw std::runtime_error("emulated launch: " + what); };
-  const size_t threads = shape.block.volume();
-  if (threads == 0 || threads > kMaxThreads) refuse("a block of " + std::to_string(threads) + " threads");
-  if (shape.grid.volume() == 0 || shape.grid.x > 0x7fffffffu || shape.grid.y > 65535 || shape.grid.z > 65535) {
-    refuse("a grid of " + std::to_string(shape.grid.x) + " x " + std::to_string(shape.grid.y) + " x " +
-           std::to_string(shape.grid.z) + " blocks");
-  }
-  const auto asked = allowed_shared.find(kernel);
-  const size_t most = asked == allowed_shared.end() ? kMaxSharedUnasked : asked->second;
-  if (shape.dynamic_shared > most) refuse(std::to_string(shape.dynamic_shared) + " bytes of shared memory");
-  if (shape.cluster < 1 || shape.cluster > 8 || shape.grid.x % shape.cluster != 0 ||
-      (shape.cluster > 1 && capability < 9)) {
-    refuse("clusters of " + std::to_string(shape.cluster) + " blocks");
-  }
-}
-
-// "file:line" of an address, from the tool of binutils; the object and the offset where that is not there.
-std::string place_of(const void* code) {
-  Dl_info info;
-  if (code == nullptr || dladdr(code, &info) == 0) return "?";
-  char command[1024], line[512] = "";
-  const auto offset = static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase) - 1;
-  std::snprintf(command, sizeof(command), "addr2line -s -e '%s' 0x%tx 2>/dev/null", info.dli_fname, offset);
-  if (FILE* const answer = popen(command, "r")) {
-    if (std::fgets(line, sizeof(line), answer) == nullptr) line[0] = 0;
-    pclose(answer);
-  }
-  std::string place = line;
-  while (!place.empty() && place.back() == '\n') place.pop_back();
-  return place.empty() ? std::string(info.dli_fname) + "+" + std::to_string(offset) : place;
-}
-
 }  // namespace
 
 void run(const LaunchShape& shape, const void* kernel, const void* call, size_t call_bytes,
@@ -278,15 +238,6 @@ void run(const LaunchShape& shape, const void* kernel, const void* call, size_t 
                 index.x, index.y, index.z);
   throw std::runtime_error(where + now.fault);
 }
-
-void allow_dynamic_shared(const void* kernel, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > kMaxShared) {
-    throw std::runtime_error("emulated launch: asks for " + std::to_string(bytes) + " bytes of shared memory");
-  }
-  allowed_shared[kernel] = static_cast<size_t>(bytes);
-}
-
-int compute_capability() { return capability; }
 
 Index thread_index() { return current->index; }
 Index block_index() { return current->block->index; }
@@ -364,9 +315,6 @@ void shuffle_xor(unsigned mask, void* value, size_t bytes, int lane_mask) {
 
 extern "C" {
 
-// The order of blocks and warps from here on, and the compute capability of the device.
-void emulation_set(unsigned seed, int compute_capability) {
-  emulation::order.seed(seed);
-  emulation::capability = compute_capability;
-}
+// The order of blocks and warps from here on.
+void emulation_seed(unsigned seed) { emulation::order.seed(seed); }
 }
