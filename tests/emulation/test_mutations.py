@@ -11,10 +11,22 @@ from typing import Any
 
 import emulation
 import pytest
+import torch
 from emulated_iic import IIC_CASES, check_iic
 from emulated_nt_xent import NT_XENT_CASES, check_nt_xent
 from emulated_views import VIEW_CASES, check_many_views, check_view
 from kernel_mutations import MUTATIONS, Mutation
+
+
+FEWER = {
+    "AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES(": "AT_DISPATCH_CASE(at::kBFloat16, ",
+    "AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, ": "AT_DISPATCH_FLOATING_TYPES_AND(",
+    "if (k <= 16) return body(std::integral_constant<int, 16>());": "",
+    "if (k <= 80) return body(std::integral_constant<int, 80>());": "",
+    "if (k <= 112) return body(std::integral_constant<int, 112>());": "",
+    "if (k <= 32 * kWarp) return body(std::integral_constant<int, 32>());": "",
+}
+"""Types and sizes that a mutated op is compiled without, which takes a third of the time."""
 
 
 def precompile(folder: Path) -> str:
@@ -33,6 +45,9 @@ def compile_mutation(number: int, folder: Path, prelude: str, built: Path) -> No
     path = emulation.CSRC / "cuda" / mutation.file
     tree = emulation.translate_tree(emulation.CSRC)
     tree[f"cuda/{mutation.file}"] = emulation.translate(mutation.apply(path.read_text()))
+    main = f"cuda/{mutation.op}_cuda.cu"
+    for old, new in FEWER.items():
+        tree[main] = tree[main].replace(old, new)
     emulation.write(tree, folder)
     emulation.compile_op(mutation.op, folder, f"{emulation.LIBRARY}_{number}", prelude)
     emulation.link(f"{folder}/{mutation.op}.o", f"{folder}/{mutation.op}.so", built)
@@ -56,11 +71,11 @@ def compilations(
 
 
 CHECKS: dict[str, list[Callable[[Any], None]]] = {
-    "iic": [partial(check_iic, case=case) for case in IIC_CASES],
-    "nt_xent": [partial(check_nt_xent, case=case) for case in NT_XENT_CASES],
+    "iic": [partial(check_iic, case=case) for case in IIC_CASES if case.dtype != torch.float16],
+    "nt_xent": [partial(check_nt_xent, case=case) for case in NT_XENT_CASES if case.dtype != torch.float16],
     "augment": [check_many_views, *(partial(check_view, case=case) for case in VIEW_CASES)],
 }
-"""Every case of an op, as functions of the ops."""
+"""Every case of an op that is compiled, as functions of the ops."""
 
 
 def notice(mutation: Mutation, ops: Any) -> str | None:
