@@ -17,7 +17,6 @@ from emulated_nt_xent import NT_XENT_CASES, check_nt_xent
 from emulated_views import VIEW_CASES, check_many_views, check_view
 from kernel_mutations import MUTATIONS, Mutation
 
-
 FEWER = {
     "AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES(": "AT_DISPATCH_CASE(at::kBFloat16, ",
     "AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, ": "AT_DISPATCH_FLOATING_TYPES_AND(",
