@@ -11,8 +11,9 @@ import pytest
 @pytest.fixture(scope="session")
 def compiled() -> Path:
     """The kernels of this tree for the emulated device; compiled once, until a source changes."""
-    if emulation.COMPILER is None:
-        pytest.skip("no g++ on this machine")
+    why_not = emulation.why_not()
+    if why_not is not None:
+        pytest.skip(why_not)
     return emulation.build(emulation.BUILD)
 
 

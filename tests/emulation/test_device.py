@@ -23,7 +23,7 @@ def kernels(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.
     translated = folder / SOURCE.name
     translated.write_text(emulation.translate(SOURCE.read_text()))
     emulation.device(compiled)
-    emulation.compile_source(str(translated), f"{folder}/kernels.o", "-include", "cuda.h")
+    emulation.compile_source(str(translated), f"{folder}/kernels.o")
     emulation.link(f"{folder}/kernels.o", f"{folder}/kernels.so", compiled)
     return ctypes.CDLL(f"{folder}/kernels.so")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from emulated_iic import IIC_CASES, check_iic
 from emulated_nt_xent import NT_XENT_CASES, check_nt_xent
 from emulated_views import VIEW_CASES, check_many_views, check_view
-from kernel_mutations import MUTATIONS, Mutation
+from kernel_mutations import MUTATIONS, Mutation, mutate
 
 FEWER = {
     "AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES(": "AT_DISPATCH_CASE(at::kBFloat16, ",
@@ -25,49 +24,7 @@ FEWER = {
     "if (k <= 112) return body(std::integral_constant<int, 112>());": "",
     "if (k <= 32 * kWarp) return body(std::integral_constant<int, 32>());": "",
 }
-"""Types and sizes that a mutated op is compiled without, which takes a third of the time."""
-
-
-def precompile(folder: Path) -> str:
-    """The headers of torch, which take longer than a kernel, in a form that the compiler reads at once."""
-    sources = emulation.CSRC.glob("cuda/*.cu")
-    included = sorted({line for path in sources for line in re.findall("#include <.*>", path.read_text())})
-    header = folder / "prelude.h"
-    header.write_text("\n".join(["#pragma once", '#include "cuda.h"', *included, ""]))
-    emulation.run([*emulation.FLAGS, *emulation.WATCHED, "-x", "c++-header", str(header), "-o", f"{header}.gch"])
-    return str(header)
-
-
-def compile_mutation(number: int, folder: Path, prelude: str, built: Path) -> None:
-    """The op of a mutation, in a tree of its own."""
-    mutation = MUTATIONS[number]
-    path = emulation.CSRC / "cuda" / mutation.file
-    tree = emulation.translate_tree(emulation.CSRC)
-    tree[f"cuda/{mutation.file}"] = emulation.translate(mutation.apply(path.read_text()))
-    main = f"cuda/{mutation.op}_cuda.cu"
-    for old, new in FEWER.items():
-        tree[main] = tree[main].replace(old, new)
-    emulation.write(tree, folder)
-    emulation.compile_op(mutation.op, folder, f"{emulation.LIBRARY}_{number}", prelude)
-    emulation.link(f"{folder}/{mutation.op}.o", f"{folder}/{mutation.op}.so", built)
-
-
-Compilations = dict[int, tuple[Path, "Future[None]"]]
-
-
-@pytest.fixture(scope="module")
-def compilations(
-    request: pytest.FixtureRequest, compiled: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Compilations]:
-    """Of all mutations that this run asks for, two at a time, while others are checked."""
-    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
-    numbers = [item.callspec.params["number"] for item in items if "number" in getattr(item, "fixturenames", ())]
-    prelude = precompile(tmp_path_factory.mktemp("prelude"))
-    folders = {number: tmp_path_factory.mktemp(f"mutation{number}") for number in numbers}
-    with ThreadPoolExecutor(2) as pool:
-        yield {n: (to, pool.submit(compile_mutation, n, to, prelude, compiled)) for n, to in folders.items()}
-        pool.shutdown(cancel_futures=True)
-
+"""Types and sizes that are compiled without mutations alone."""
 
 CHECKS: dict[str, list[Callable[[Any], None]]] = {
     "iic": [partial(check_iic, case=case) for case in IIC_CASES if case.dtype != torch.float16],
@@ -77,35 +34,59 @@ CHECKS: dict[str, list[Callable[[Any], None]]] = {
 """Every case of an op that is compiled, as functions of the ops."""
 
 
-def notice(mutation: Mutation, ops: Any) -> str | None:
+@pytest.fixture(scope="module")
+def mutated(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The ops with all mutations compiled in."""
+    folder = tmp_path_factory.mktemp("mutated")
+    emulation.write(emulation.translate_tree(emulation.CSRC, mutate), folder)
+    for op in emulation.OPS:
+        path = folder / f"cuda/{op}_cuda.cu"
+        text = path.read_text()
+        for old, new in FEWER.items():
+            text = text.replace(old, new)
+        path.write_text(text)
+    library = f"{emulation.LIBRARY}_mutated"
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda op: emulation.compile_op(op, folder, library), emulation.OPS))
+    for op in emulation.OPS:
+        emulation.link(f"{folder}/{op}.o", f"{folder}/{op}.so", compiled)
+    emulation.device(compiled)
+    return emulation.ops(folder, library)
+
+
+def notice(op: str, ops: Any) -> str | None:
     """What the first check says that fails."""
-    for check in CHECKS[mutation.op]:
+    for check in CHECKS[op]:
         try:
             check(ops)
         except (AssertionError, RuntimeError) as error:
-            return str(error)
+            return f"{check}: {error}"
     return None
 
 
-def test_there_are_enough() -> None:
-    assert len(set(map(str, MUTATIONS))) == len(MUTATIONS) >= 30
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
-def test_a_mutation_fits_the_sources(mutation: Mutation) -> None:
+def test_a_mutation_is_one_line(mutation: Mutation) -> None:
     text = (emulation.CSRC / "cuda" / mutation.file).read_text()
-    changed = mutation.apply(text)
-    lines = [(old, new) for old, new in zip(text.splitlines(), changed.splitlines(), strict=True) if old != new]
-    assert len(lines) == 1
+    assert "\n" not in mutation.old + mutation.new
+    assert mutation.place(text) > 0
+    assert [str(each) for each in MUTATIONS].count(str(mutation)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", emulation.OPS)
+def test_without_a_mutation_nothing_is_noticed(op: str, compiled: Path, mutated: Any, one_thread: None) -> None:
+    with emulation.running(compiled):
+        assert notice(op, mutated) is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(MUTATIONS)), ids=[str(each) for each in MUTATIONS])
-def test_a_mutation_is_noticed(number: int, compiled: Path, compilations: Compilations, one_thread: None) -> None:
-    folder, done = compilations[number]
-    done.result()
-    mutation = MUTATIONS[number]
+def test_a_mutation_is_noticed(number: int, compiled: Path, mutated: Any, one_thread: None) -> None:
     with emulation.running(compiled):
-        said = notice(mutation, emulation.ops(folder, f"{emulation.LIBRARY}_{number}", (mutation.op,)))
+        emulation.device(compiled).emulation_mutate(number)
+        try:
+            said = notice(MUTATIONS[number].op, mutated)
+        finally:
+            emulation.device(compiled).emulation_mutate(-1)
     assert said is not None
-    print(f"{mutation}: {said.splitlines()[0]}")
+    print(said)

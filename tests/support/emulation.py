@@ -12,11 +12,13 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,6 +41,16 @@ FLAGS = [
 WATCHED = ["-fsanitize=thread,alignment,bounds", "-ftrivial-auto-var-init=pattern", "-fno-gnu-unique"]
 """What makes the compiler call tests/emulation/device/memory.cpp, and fills local variables with something absurd."""
 LIBRARIES = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot be compiled for the emulated device here; None where they can."""
+    if COMPILER is None:
+        return "no g++ on this machine"
+    version = subprocess.check_output([COMPILER, "-dumpversion"], text=True).strip()
+    if sys.platform != "linux" or int(version.split(".")[0]) < 12:
+        return f"the emulated device wants Linux and g++ 12, not {sys.platform} and {version}"
+    return None
 
 
 # ---- translation
@@ -136,23 +148,33 @@ def build(folder: Path) -> Path:
     own = "".join(path.read_text() for path in sorted(DEVICE.rglob("*.*")))
     everything = "".join([*translated.values(), own, *FLAGS, *WATCHED, torch.__version__])
     target = folder / hashlib.sha256(everything.encode()).hexdigest()[:16]
-    if not (target / "whole").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # of older sources
-        write(translated, target)
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    older = [path for path in folder.iterdir() if not path.name.startswith("tmp")]  # where others build
+    with TemporaryDirectory(dir=folder) as place:  # whole or not there, whoever else builds at the same time
+        made = Path(place) / "made"
+        write(translated, made)
         with ThreadPoolExecutor(2) as pool:
-            started = [pool.submit(compile_op, op, target, LIBRARY) for op in OPS]
-            compile_runtime(target)
+            started = [pool.submit(compile_op, op, made, LIBRARY) for op in OPS]
+            compile_runtime(made)
             for op, each in zip(OPS, started, strict=True):
                 each.result()
-                link(f"{target}/{op}.o", f"{target}/{op}.so", target)
-        (target / "whole").touch()
+                link(f"{made}/{op}.o", f"{made}/{op}.so", made)
+        with suppress(OSError):  # another process was faster
+            made.rename(target)
+    for path in older:
+        shutil.rmtree(path, ignore_errors=True)
     return target
 
 
-def translate_tree(csrc: Path) -> dict[str, str]:
-    """What the CUDA sources are made of, as C++: path -> text."""
+def translate_tree(csrc: Path, change: Callable[[str, str], str] = lambda _, text: text) -> dict[str, str]:
+    """What the CUDA sources are made of, as C++: path -> text. `change` is given the name and text of each before."""
     paths = sorted([*csrc.glob("*.h"), *csrc.glob("cuda/*")])
-    return {str(path.relative_to(csrc)): f'#line 1 "{path.name}"\n{translate(path.read_text())}' for path in paths}
+    return {
+        str(path.relative_to(csrc)): f'#line 1 "{path.name}"\n{translate(change(path.name, path.read_text()))}'
+        for path in paths
+    }
 
 
 def write(translated: dict[str, str], folder: Path) -> None:
@@ -161,15 +183,14 @@ def write(translated: dict[str, str], folder: Path) -> None:
         (folder / name).write_text(text)
 
 
-def compile_op(op: str, folder: Path, library: str, prelude: str = "cuda.h") -> None:
+def compile_op(op: str, folder: Path, library: str) -> None:
     """Compile cuda/`op`_cuda.cu of a translated tree, its op to be registered in `library`."""
-    given = (f"-DEMULATED_LIBRARY={library}", "-include", prelude)
-    compile_source(f"{folder}/cuda/{op}_cuda.cu", f"{folder}/{op}.o", *given)
+    compile_source(f"{folder}/cuda/{op}_cuda.cu", f"{folder}/{op}.o", f"-DEMULATED_LIBRARY={library}")
 
 
 def compile_source(source: str, target: str, *given: str) -> None:
     """Compile a translated source so that the device sees what its threads do."""
-    run([*FLAGS, *WATCHED, *given, "-x", "c++", "-c", source, "-o", target])
+    run([*FLAGS, *WATCHED, *given, "-include", "cuda.h", "-x", "c++", "-c", source, "-o", target])
 
 
 def link(compiled: str, target: str, built: Path) -> None:
@@ -180,7 +201,8 @@ def link(compiled: str, target: str, built: Path) -> None:
 def compile_runtime(folder: Path) -> None:
     """Compile the emulated device, which all ops share."""
     sources = map(str, sorted(DEVICE.glob("*.cpp")))
-    run([*FLAGS, "-O2", "-Wall", "-Werror", *sources, "-shared", *LIBRARIES, "-o", f"{folder}/{RUNTIME}"])
+    result = ["-shared", f"-Wl,-soname,{RUNTIME}", "-o", f"{folder}/{RUNTIME}"]
+    run([*FLAGS, "-O2", "-Wall", "-Werror", *sources, *LIBRARIES, *result])
 
 
 def run(arguments: list[str]) -> None:

@@ -1,17 +1,19 @@
 """Single lines of csrc/cuda, changed so that a kernel is wrong: the tests on the emulated device must notice each.
 
-Add a line for each new kind of mistake that a kernel could make. What changes no result and breaks no rule, such as a
-bank conflict or an order of summation, is no mutation.
+All are compiled in at once and switched on one by one: `mutate` writes `mutated(7) ? new : old` in the place of an
+expression, and an if in that of a statement. Add a line for each kind of mistake that a new kernel could make. What
+changes no result and breaks no rule, such as a bank conflict or an order of summation, is no mutation.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """In `file`, `old` becomes `new` in the first line with it after the text `after`; `op` is compiled and checked."""
+    """In `file`, `old` becomes `new`, at the first place after the text `after`; the cases of `op` must notice."""
 
     op: str
     file: str
@@ -23,11 +25,25 @@ class Mutation:
     def __str__(self) -> str:
         return f"{self.file.partition('.')[0]}-{self.why.replace(' ', '-')}"
 
-    def apply(self, text: str) -> str:
-        start = text.index(self.after)
-        place = text.index(self.old, start + len(self.after))
-        assert "\n" not in self.old + self.new
-        return text[:place] + self.new + text[place + len(self.old) :]
+    def place(self, text: str) -> int:
+        return text.index(self.old, text.index(self.after) + len(self.after))
+
+    def switched(self, number: int) -> str:
+        """Either, as C++ that chooses when it runs."""
+        on = f"emulation::mutated({number})"
+        if declared := re.fullmatch(r"\w+ (\w+)\S* = \{\};", self.old):  # a variable that nobody fills
+            return f"{self.old} if ({on}) emulation::forget(&{declared[1]}, sizeof({declared[1]}));"
+        if self.old.endswith(";"):
+            return f"{{ if ({on}) {{ {self.new} }} else {{ {self.old} }} }}"
+        return f"({on} ? ({self.new}) : ({self.old}))"
+
+
+def mutate(file: str, text: str) -> str:
+    """The source of a file of csrc/cuda with all its mutations, none of them switched on."""
+    found = [(each.place(text), number, each) for number, each in enumerate(MUTATIONS) if each.file == file]
+    for place, number, mutation in sorted(found, reverse=True):
+        text = text[:place] + mutation.switched(number) + text[place + len(mutation.old) :]
+    return text
 
 
 def _no_barrier(op: str, file: str, why: str, after: str) -> Mutation:
@@ -40,8 +56,11 @@ _REDUCE = [
     _no_barrier("iic", "reduce.cuh", "before scratch is written again", "value = group_sum<kWarp>(value);"),
     _no_barrier("augment", "reduce.cuh", "before scratch is read", "scratch[threadIdx.x / kWarp] = value;"),
     Mutation("iic", "reduce.cuh", "first + i < count", "first + i <= count", "one more than there are"),
-    Mutation("augment", "reduce.cuh", "/ kWarp; ++warp", "/ kWarp - 1; ++warp", "the last warp lost", "T sum = 0;"),
-    Mutation("iic", "reduce.cuh", "col < num_cols ?", "col <= num_cols ?", "a column past the last"),
+    Mutation(
+        *("augment", "reduce.cuh", "static_cast<int>(blockDim.x) / kWarp", "static_cast<int>(blockDim.x) / kWarp - 1"),
+        "the last warp lost",
+    ),
+    Mutation("iic", "reduce.cuh", "col < num_cols", "col <= num_cols", "a column past the last", "present && "),
 ]
 _IIC_SHARED = [
     Mutation("iic", "iic_batch.cuh", "row * kMax + col", "row * num_clusters + col", "a wrong stride", "out["),
@@ -49,12 +68,15 @@ _IIC_SHARED = [
     Mutation("iic", "iic_batch.cuh", "entry > num_entries", "entry >= num_entries", "the number of pairs lost"),
 ]
 _SMALL = [
-    Mutation("iic", "iic_small.cuh", "r == 0 ? p[c] : probs", "probs", "a sum that begins with nothing written"),
+    Mutation(
+        *("iic", "iic_small.cuh", "r == 0 ? p[c] : probs[view][c][row] + p[c]", "probs[view][c][row] + p[c]"),
+        "a sum that begins with nothing written",
+    ),
     _no_barrier("iic", "iic_small.cuh", "before a tile is read", "small_softmax(batch, blockIdx.y"),
     _no_barrier("iic", "iic_small.cuh", "after a tile is read", "b[j].w;"),
-    Mutation("iic", "iic_small.cuh", "sums[4][4] = {};", "sums[4][4];", "an uninitialised sum"),
-    Mutation("iic", "iic_small.cuh", "row < kSmallRows; row +=", "row < kSmallRows - 4; row +=", "a lost tail of rows"),
-    Mutation("iic", "iic_small.cuh", "probs[1][first_j", "probs[1][first_i", "rows for columns"),
+    Mutation("iic", "iic_small.cuh", "float sums[4][4] = {};", "float sums[4][4];", "an uninitialised sum"),
+    Mutation("iic", "iic_small.cuh", "row < kSmallRows", "row < kSmallRows - 4", "a lost tail of rows", "slice * 4; "),
+    Mutation("iic", "iic_small.cuh", "first_j + k * kSide", "first_i + k * kSide", "rows for columns"),
     Mutation("iic", "iic_small.cuh", "if (r > 0) __syncthreads();", ";", "no barrier between repeats"),
     _no_barrier("iic", "iic_small.cuh", "before the matrix is read", "load_centred<kMax>"),
     Mutation(
@@ -69,41 +91,39 @@ _TILED = [
     _no_barrier("iic", "iic_tiled.cuh", "after the planes are read", "sums[n][e] += large[e] + small[e];"),
     Mutation("iic", "iic_tiled.cuh", "first_i + lane / 8 % 2 * 8", "first_i + lane / 16 * 8", "a swapped fragment"),
     Mutation("iic", "iic_tiled.cuh", "first_j + n * 8 >= k", "first_j + n * 8 >= k - 8", "a lost tail of clusters"),
-    Mutation("iic", "iic_tiled.cuh", "a[step], b, step)", "a[step], b, 0)", "the first step twice"),
-    Mutation("iic", "iic_tiled.cuh", "if (first > 0) __syncthreads();", ";", "no barrier between parts of the matrix"),
     Mutation(
-        "iic", "iic_tiled.cuh", "__syncthreads();  // the tile", ";  // the tile", "no barrier before the next tile"
+        *("iic", "iic_tiled.cuh", "multiply_planes<2>(large, small, a[step], b, step);"),
+        *("multiply_planes<2>(large, small, a[step], b, 0);", "the first step twice"),
     ),
+    Mutation("iic", "iic_tiled.cuh", "if (first > 0) __syncthreads();", ";", "no barrier between parts of the matrix"),
+    _no_barrier("iic", "iic_tiled.cuh", "before the next tile", "[n][p][i % 2] = bits[i];"),
     _no_barrier("iic", "iic_tiled.cuh", "before the next repeat", "if (batch.repeats > 1) {"),
     _no_barrier("iic", "iic_tiled.cuh", "before the dots are read", "if (t == 0) dots"),
     Mutation("iic", "iic_tiled.cuh", "1 - first_view - v", "first_view + v", "the same view for the other"),
-    Mutation("iic", "iic_tiled.cuh", "if (k % 2 == 0) {", "if (true) {", "a pair at an odd place"),
-    Mutation("iic", "iic_tiled.cuh", "if (cluster + 1 < k) row", "row", "a value past the row"),
+    Mutation("iic", "iic_tiled.cuh", "k % 2 == 0", "true", "a pair at an odd place"),
+    Mutation("iic", "iic_tiled.cuh", "cluster + 1 < k", "true", "a value past the row"),
     Mutation("iic", "iic_tiled.cuh", "part < Part::kParts", "part < Part::kParts - 1", "a lost part of the dots"),
 ]
 _TENSOR_CORE = [
-    Mutation("iic", "tensor_core.cuh", '"r"(b[0]), "r"(b[1])', '"r"(b[1]), "r"(b[0])', "operands swapped", "bf16.bf16"),
+    Mutation("iic", "tensor_core.cuh", "b[0]", "b[1]", "a register twice", "f32.bf16.bf16"),
     Mutation(
-        "iic", "tensor_core.cuh", '"f"(second), "f"(first)', '"f"(first), "f"(second)', "halves swapped", "bf16x2"
+        "iic", "tensor_core.cuh", "second", "first", "a half twice", 'cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair)'
     ),
     Mutation("iic", "tensor_core.cuh", "planes[p] << 16", "planes[p] & 0xffff0000u", "the other half taken off"),
-    Mutation("nt_xent", "tensor_core.cuh", "a.low, b[n].high", "a.low, b[n].low", "a cross term lost"),
+    Mutation("nt_xent", "tensor_core.cuh", "b[n].high", "b[n].low", "a cross term lost", "d[n], a.low, "),
     Mutation(
         "nt_xent", "tensor_core.cuh", 'asm volatile("cp.async.wait_all;" ::: "memory");', ";", "no wait for copies"
     ),
-    Mutation("iic", "tensor_core.cuh", "x4.trans.shared", "x4.shared", "a matrix not transposed"),
 ]
 _INFORMATION = [
     _no_barrier("iic", "iic_information.cuh", "before the matrix is read", "matrix[i * stride + j] = values"),
     Mutation("iic", "iic_information.cuh", "cluster.sync();", ";", "no barrier of the cluster"),
     Mutation("iic", "iic_information.cuh", "cluster.barrier_wait();", ";", "no wait for the first block"),
-    Mutation(
-        "iic", "iic_information.cuh", "piece += gridDim.x * num_warps", "piece += num_warps", "pieces counted twice"
-    ),
+    Mutation("iic", "iic_information.cuh", "gridDim.x * num_warps", "num_warps", "pieces counted twice", "piece += "),
     _no_barrier("iic", "iic_information.cuh", "before the column sums are read", "column_sums[part][lane] = sum;"),
-    Mutation("iic", "iic_information.cuh", "other = 0; other < kParts", "other = 1; other < kParts", "a part lost"),
-    Mutation("iic", "iic_information.cuh", "mirror[x][row], per", "mirror[row][x], per", "no mirror image"),
-    Mutation("iic", "iic_information.cuh", "tile < tiles;", "tile < tiles - 1;", "the last tile lost"),
+    Mutation("iic", "iic_information.cuh", "0", "1", "a part lost", "total = row_sums[lane];\n  for (int other = "),
+    Mutation("iic", "iic_information.cuh", "mirror[x][row]", "mirror[row][x]", "no mirror image", "own[each] + "),
+    Mutation("iic", "iic_information.cuh", "tile < tiles", "tile < tiles - 1", "the last tile lost"),
 ]
 _LIBRARY = [
     Mutation("iic", "iic_library.cuh", "row % num_samples", "row", "rows past those of the first view"),
@@ -112,10 +132,10 @@ _LIBRARY = [
 _NT_XENT = [
     _no_barrier("nt_xent", "nt_xent_tile.cuh", "between warps that copy", "finish_copies();"),
     Mutation(
-        "nt_xent", "nt_xent_tile.cuh", "index % 2 * Shape::kColumns) * kStride", "0) * kStride", "one buffer for two"
+        "nt_xent", "nt_xent_tile.cuh", "index % 2 * Shape::kColumns", "0", "one buffer for two", "Shape::kRows + "
     ),
     Mutation(
-        *("nt_xent", "nt_xent_tile.cuh", "smaller(first + row, problem.num_columns - 1)", "(first + row)"),
+        *("nt_xent", "nt_xent_tile.cuh", "smaller(first + row, problem.num_columns - 1)", "first + row"),
         "rows past the last",
     ),
     Mutation(
@@ -127,28 +147,29 @@ _NT_XENT = [
         "nt_xent", "nt_xent_tile.cuh", "mine < Shape::kColumns", "mine <= Shape::kColumns", "a copy past the factors"
     ),
     Mutation(
-        *("nt_xent", "nt_xent_kernels.cuh", "|| column >= problem.num_columns) product", ") product"),
-        "columns past the last",
-    ),
-    Mutation("nt_xent", "nt_xent_kernels.cuh", "group_max<4>", "group_max<2>", "half of a group"),
-    Mutation(
-        "nt_xent", "nt_xent_kernels.cuh", "split = 0", "split = 1", "the first split lost", "top = fmaxf(top, partial"
-    ),
-    Mutation("nt_xent", "nt_xent_kernels.cuh", "columns - 1)]", "columns)]", "a log-sum-exp past the last"),
-    Mutation(
-        "nt_xent", "nt_xent_kernels.cuh", "a[step][m].set(1, w[2]);", "a[step][m].set(1, w[1]);", "a swapped fragment"
+        *("nt_xent", "nt_xent_kernels.cuh", "column >= problem.num_columns", "false", "columns past the last"),
+        "column == row || ",
     ),
     Mutation(
-        "nt_xent", "nt_xent_kernels.cuh", "split < splits", "split < splits - 1", "the last split lost", "entry >= size"
+        *("nt_xent", "nt_xent_kernels.cuh", "group_max<4>(largest[m][h])", "group_max<2>(largest[m][h])"),
+        "half of a group",
     ),
-    Mutation("nt_xent", "nt_xent_kernels.cuh", "sums[m][h] *= fast_exp2", "(void)fast_exp2", "a sum not scaled anew"),
+    Mutation("nt_xent", "nt_xent_kernels.cuh", "0", "1", "the first split lost", "row].x);\n  for (int split = "),
     Mutation(
-        "nt_xent",
-        "nt_xent_cuda.cu",
-        "splits = ceil_div(num_tiles,",
-        "splits = (num_tiles /",
+        *("nt_xent", "nt_xent_kernels.cuh", "smaller(n * 8 + first + e, columns - 1)"),
+        *("smaller(n * 8 + first + e, columns)", "a log-sum-exp past the last"),
+    ),
+    Mutation("nt_xent", "nt_xent_kernels.cuh", "w[2]", "w[1]", "a swapped fragment", "a[step][m].set(1, "),
+    Mutation(
+        "nt_xent", "nt_xent_kernels.cuh", "split < splits", "split < splits - 1", "the last split lost", "= size)"
+    ),
+    Mutation(
+        *("nt_xent", "nt_xent_kernels.cuh", "sums[m][h] *= fast_exp2(largest[m][h] - top * scale);", ";"),
+        "a sum not scaled anew",
+    ),
+    Mutation(
+        *("nt_xent", "nt_xent_cuda.cu", "ceil_div(num_tiles, tiles_per_split)", "num_tiles / tiles_per_split"),
         "a lost split",
-        "tiles_per",
     ),
 ]
 _VIEWS = [
@@ -159,29 +180,19 @@ _VIEWS = [
     _no_barrier("augment", "augment_views.cuh", "before the Gaussian is read", "weights[k] /= sum;"),
     _no_barrier("augment", "augment_views.cuh", "before neighbours are read", "if (!spatial) continue;"),
     Mutation("augment", "augment_views.cuh", "2 * size - 2 - i", "2 * size - 1 - i", "an index off by one"),
-    Mutation("augment", "augment_views.cuh", "column < width &&", "column <= width &&", "a column past the last"),
-    Mutation("augment", "augment_views.cuh", "i < bytes / 16;", "i < bytes / 16 - 1;", "a lost tail of bytes"),
+    Mutation(
+        "augment", "augment_views.cuh", "column < width", "column <= width", "a column past the last", "column >= 0"
+    ),
+    Mutation("augment", "augment_views.cuh", "i < bytes / 16", "i < bytes / 16 - 1", "a lost tail of bytes"),
     Mutation(
         "augment", "augment_views.cuh", "(layout.planes >= 0 ? 0 : kChannels * pixels)", "0", "planes over planes"
     ),
-    Mutation("augment", "augment_views.cuh", "i * kOut + c :", "i * 3 + c :", "a wrong stride of pixels"),
-    Mutation(
-        "augment",
-        "augment_cuda.cu",
-        "int64_t padded = (floats + 3) / 4 * 4",
-        "int64_t padded = floats / 4 * 4",
-        "too little",
-    ),
+    Mutation("augment", "augment_views.cuh", "i * kOut + c", "i * 3 + c", "a wrong stride of pixels"),
+    Mutation("augment", "augment_cuda.cu", "(floats + 3) / 4 * 4", "floats / 4 * 4", "too little shared memory"),
 ]
 _HOST = [
-    Mutation(
-        "iic",
-        "iic_cuda.cu",
-        "chunks = ceil_div(tiles, tiles_per_block);",
-        "chunks = tiles / tiles_per_block;",
-        "a lost chunk",
-    ),
-    Mutation("iic", "iic_cuda.cu", "h * k * k + 1, 256", "h * k * k, 256", "a block too few"),
+    Mutation("iic", "iic_cuda.cu", "ceil_div(tiles, tiles_per_block)", "tiles / tiles_per_block", "a lost chunk"),
+    Mutation("iic", "iic_cuda.cu", "ceil_div(h * k * k + 1, 256)", "ceil_div(h * k * k, 256)", "a block too few"),
     Mutation("iic", "iic_cuda.cu", "k * (k | 1) + k", "k * (k | 1)", "too little shared memory"),
 ]
 

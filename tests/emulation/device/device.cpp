@@ -72,6 +72,7 @@ Launch* launch = nullptr;
 Fibre* current = nullptr;
 jmp_buf scheduler;
 std::mt19937 order;
+int mutation = -1;
 
 // Stacks with a page below that faults; kept from launch to launch.
 char* stack_of(size_t number) {
@@ -252,6 +253,10 @@ void fail_at(const char* what, const void* code) {
 
 void fail(const char* what) { fail_at(what, nullptr); }
 
+bool mutated(int number) { return mutation == number; }
+
+void forget(void* variable, size_t bytes) { std::memset(variable, 0xfe, bytes); }
+
 void count_step() {
   if (++launch->steps > kMaxSteps) fail("does not come to an end");
 }
@@ -317,4 +322,7 @@ extern "C" {
 
 // The order of blocks and warps from here on.
 void emulation_seed(unsigned seed) { emulation::order.seed(seed); }
+
+// Switches a mutation on, where mutations are compiled in; -1 for none.
+void emulation_mutate(int number) { emulation::mutation = number; }
 }

@@ -38,6 +38,10 @@ int compute_capability();
 [[gnu::const]] Index grid_size();
 [[noreturn]] void fail(const char* what);
 
+// Of tests/support/kernel_mutations.py: whether one is switched on; fills a variable with what is in no variable.
+[[gnu::const]] bool mutated(int number);
+void forget(void* variable, size_t bytes);
+
 void block_barrier(int line);
 void cluster_arrive();
 void cluster_wait();
