@@ -75,6 +75,7 @@ def check_many_views(ops: Any) -> None:
     rows = torch.arange(3).repeat(6)
     parameters = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0.8]).repeat(18, 1)
     parameters[:, 11] = torch.linspace(0.5, 1, 18)
+    parameters[9:, 16] = 0  # not blurred, so that colours are the last thing done
     images = torch.randint(1, 256, (3, 3, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     given = {"images": images, "rows": rows, "parameters": parameters, "size": 65, "mean": [], "std": []}
     made = ops.augment_views(*arguments(**given))
