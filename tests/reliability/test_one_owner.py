@@ -58,10 +58,10 @@ def test_a_restart_goes_on_in_its_own_folder(tmp_path: Path) -> None:
             wait_until(lambda folder=folder: steps_done(folder) > 2, 240, lambda: output(tmp_path))
         (killed,) = children(processes[0].pid)
         os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: "going on after epoch" in output(tmp_path), 240, lambda: output(tmp_path))
+        wait_until(lambda: output(tmp_path).count(": 1 rank on cpu") == 3, 240, lambda: output(tmp_path))
         said = (tmp_path / "output-0.txt").read_text()
         assert "going on after epoch" in said
-        assert said.count("runs/digits-1: 1 rank(s)") == 2
+        assert said.count("runs/digits-1: 1 rank on cpu") == 2
         assert "digits-2" not in said
         assert {path.name for path in (tmp_path / "runs").iterdir()} == {"digits-1", "digits-2"}
     finally:
