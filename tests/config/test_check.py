@@ -46,7 +46,7 @@ def test_a_value_out_of_bounds_is_one_line_that_names_the_field(arguments: list[
 
 
 ABOVE_0 = [
-    *("data.batch_size", "views.repeats", "model.sub_heads", "loss.entropy_weight", "loss.temperature", "optim.lr"),
+    *("views.repeats", "model.sub_heads", "loss.entropy_weight", "loss.temperature", "optim.lr"),
     *("train.evaluate_batch_size", "train.checkpoint_every", "run.timeout_minutes"),
     *("monitor.log_every", "model.head_init_std"),
 ]

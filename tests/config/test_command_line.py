@@ -164,7 +164,7 @@ def test_a_value_of_the_wrong_type_is_said_in_words() -> None:
             "model.num_clusters=[5, 'x']: must be a whole number or several",
         ),
         ("--views.crop_area 1,2,3", "views.crop_area=[1, 2, 3]: must be 2 numbers, as in 0.2,1"),
-        ("--run.device tpu", "run.device=tpu: must be auto, cpu or cuda"),
+        ("--run.device tpu", "run.device=tpu: must be auto, cpu, cuda or mps"),
         ("--views.sobel maybe", "views.sobel=maybe: must be true or false"),
         ("--views.mean 1,b", "views.mean=[1.0, 'b']: must be several numbers"),
     ],

@@ -23,7 +23,7 @@ def test_the_state_of_a_run_is_flat() -> None:
     trainer = small_trainer()
     assert set(trainer.learner.state_dict()) == learned
     run = {"step", "epoch", "train_seconds", "clustering_head"}
-    staged = {"stage", "stage_done", "stage_figures", "first_step", "neighbours", "neighbour_state"}
+    staged = {"stage", "stage_done", "stage_figures", "first_step", "neighbours", "neighbour_state", "images"}
     assert set(trainer.state_dict()) == learned | run | staged
 
 

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BRIEF = [
     *("--model.num_clusters", "3", "--run.threads", "1", "--run.device", "cpu", "--monitor.progress", "false"),
     *("--model.sub_heads", "2", "--train.evaluate_every", "0", "--run.name", "run", "--monitor.log_every", "1"),
+    *("--neighbours.steps", "0"),
 ]
 NEIGHBOURS = ["--neighbours.steps", "6", "--neighbours.batch_size", "20", "--neighbours.sub_heads", "3"]
 
