@@ -53,6 +53,9 @@ def claimed(config: Config, place: Place) -> Iterator[RunFolder]:
     with contextlib.ExitStack() as stack:
         found: RunFolder | str = ""
         if place.is_main:
+            root = Path(config.run.root)
+            if not root.exists():
+                stack.callback(_remove_if_empty, root)  # after the folder of a run that never began
             try:
                 path = run_folder(config, launches)
                 found = stack.enter_context(_claimed(path, config, launches))
@@ -64,6 +67,11 @@ def claimed(config: Config, place: Place) -> Iterator[RunFolder]:
         if isinstance(found, str):
             raise UsageError(found)
         yield found
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager
