@@ -208,8 +208,10 @@ def test_images_that_do_not_fit_the_views() -> None:
         train(build("iic", 3, 32, {}), pictures(2, 3, 16, 32), torch.arange(2), 0)
     with pytest.raises(UsageError, match=r"1 channel.*saturation, hue, gray"):
         train(build("simclr", 3, 32, {}), pictures(2, 1, 32), torch.arange(2), 0)
-    with pytest.raises(UsageError, match=r"agree in \(size, sobel, mean, std\).*12.*13"):
-        Views(GENTLE, GENTLE, replace(GENTLE, size=13), 1, 0)
+    with pytest.raises(UsageError, match=r"must agree in size, .*12, 13"):
+        Views(GENTLE, replace(GENTLE, size=13), GENTLE, 1, 0)
+    with pytest.raises(UsageError, match=r"the evaluation view in \(sobel, mean, std\)"):
+        Views(GENTLE, GENTLE, replace(GENTLE, sobel=not GENTLE.sobel), 1, 0)
 
 
 @pytest.mark.gpu
