@@ -294,7 +294,7 @@ class NeighboursConfig:
         sub_heads: Sub-heads of each new head that are left of four times as many, half of which started at random and
             half at clusters of the graph of neighbours; the one of lowest loss over all images is selected.
         entropy_weight: Weight w of the marginal entropies in their loss; 1 is mutual information, more pushes harder
-            towards clusters of equal size. Random sub-heads explore with at least 2.
+            towards clusters of equal size. Random sub-heads explore, and a network is refined, with at least 2.
         lr: Learning rate of their AdamW, which falls to zero as a cosine.
         weight_decay: Of their weights.
     """

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from iic_dist.config import Config
 from iic_dist.config.settings import OptimConfig
 from iic_dist.distributed import Place
+from iic_dist.training.head_plan import EXPLORING_WEIGHT
 from iic_dist.training.optim import learning_rate
 from iic_dist.training.schedule import Pass, Schedule, build_schedule
 
@@ -105,7 +106,8 @@ def refine(config: Config, place: Place, num_images: int, first_step: int) -> Co
     if not config.refine.contrastive:
         own.model.projection_dim = 0
     own.loss.contrastive, own.loss.clustering = config.refine.contrastive, 1.0
-    own.loss.entropy_weight = config.neighbours.entropy_weight
+    # Refinement was measured with this push alone.
+    own.loss.entropy_weight = max(config.neighbours.entropy_weight, EXPLORING_WEIGHT)
     own.optim = OptimConfig(name="adamw", lr=config.refine.lr, schedule="cosine", weight_decay=1e-4)
     own.optim.warmup_epochs = min(1.0, config.refine.epochs / 4)
     own.views.repeats = 1
