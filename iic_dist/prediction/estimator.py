@@ -37,21 +37,24 @@ class IICClustering(ClusterMixin, BaseEstimator):
     """Clusters features by linear heads that put each row and its nearest neighbours into one cluster.
 
     What stage *neighbours* of a run does: a projection in which rows are most like their neighbours, the nearest
-    neighbours there, and `n_init` heads trained together by the IIC loss on pairs of a row and one of its neighbours.
-    The head of lowest loss over all pairs is taken. Columns are neither scaled nor weighted. Clusters are numbered by
-    size, largest first.
+    neighbours there, and heads trained together by the IIC loss on pairs of a row and the end of a random walk from
+    neighbour to neighbour. They start at random and at clusters of the graph of neighbours; of four times `n_init` the
+    better ones go on, and the one of lowest loss over all walks is taken. Columns are neither scaled nor weighted.
+    Clusters are numbered by size, largest first.
 
     Args:
-        n_clusters: K. The loss prefers clusters of similar size; see `entropy_weight`.
+        n_clusters: K.
         n_neighbors: Neighbours of each row, exact; of few rows at most half of what a cluster holds on average.
-        n_init: Independent heads, trained together.
-        n_steps: Updates of the heads. 1000 are right for most sets, 100 are worse than k-means.
-        n_partners: Neighbours of each row in a step.
+        n_walk: Steps of the random walk from a row to its partner. The more, the less a cut through a cluster pays, and
+            the less small clusters are lost.
+        n_init: Heads that are left in the end.
+        n_steps: Updates of the heads. 600 are right for most sets, 100 are worse than k-means.
+        n_partners: Partners of each row in a step.
         batch_size: Rows in a step; of fewer rows all.
         learning_rate: Of AdamW; it falls to zero as a cosine.
         weight_decay: Of the heads' weights.
         entropy_weight: Weight of the clusters' entropy in the loss: 1 is mutual information alone, more pushes harder
-            towards clusters of equal size.
+            towards clusters of equal size. Random heads explore with at least 2.
         kernel: How rows are compared. "cosine": by the angle between them as seen from their mean, what features of
             networks want. "gaussian": by distance, through random Fourier features. "auto": "gaussian" up to 16
             columns, where angles cannot tell clusters that lie behind each other, else "cosine".

@@ -94,11 +94,6 @@ class NeighbourStage:
         record.end_pass(shapes)
         return heads, record
 
-    def directions(self) -> Tensor:
-        """Return the directions of all features from their mean, (N, F) float32 on the CPU."""
-        mean = self.space.mean.detach().cpu().float()
-        return torch.nn.functional.normalize(self.features.float() - mean)
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a later process needs to go on, besides the same features."""
         return self.training.state_dict()

@@ -51,7 +51,9 @@ class GraphStarts:
 
         Collective: all ranks must call; rank 0 finds them for all.
         """
-        weights = distributed.broadcast(self._find(num_clusters, count) if distributed.rank() == 0 else None)
+        found = self._find(num_clusters, count) if distributed.rank() == 0 else None
+        distributed.wait_patiently()  # of many images the coordinates take longer than a step may
+        weights = distributed.broadcast(found)
         assert weights is not None
         return weights
 
