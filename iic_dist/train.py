@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Set
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from iic_dist.config import Config
 from iic_dist.config.arithmetic import for_device, name_of_arithmetic
 from iic_dist.config.build import RunData
 from iic_dist.config.check import doubt_about_clusters
-from iic_dist.config.command_line import parse
+from iic_dist.config.command_line import parse, settings_in
 from iic_dist.config.console import errors_in_one_line, log_to_console, say
 from iic_dist.config.folder import CHOICES, choose, with_batch_that_fits
 from iic_dist.config.same import check_same
@@ -157,7 +158,16 @@ def read(arguments: list[str] | None, place: Place) -> tuple[Config, set[str]]:
             return None
         return choose(config, asked, say=partial(say, place), world_size=place.world_size)
 
-    return parse(arguments, choosing), chosen
+    def on_cpu(config: Config, smaller: Path, asked: frozenset[str]) -> bool:
+        chosen.update(settings_in(smaller).keys() - asked)
+        if choose_device(config.run.device, place).type != "cpu":
+            return False
+        values = {name: value for name, value in settings_in(smaller).items() if name not in asked}
+        listed = ", ".join(f"{name} {str(value).lower()}" for name, value in values.items())
+        say(place, f"{smaller.name.partition('.')[0]} on a CPU: {listed}")
+        return True
+
+    return parse(arguments, choosing, on_cpu), chosen
 
 
 def main() -> None:

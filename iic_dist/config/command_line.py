@@ -19,8 +19,10 @@ from iic_dist.config.expected import in_words
 from iic_dist.errors import UsageError
 
 Choose = Callable[[Config, frozenset[str]], dict[str, Any] | None]
+TakeSmaller = Callable[[Config, Path, frozenset[str]], bool]
 
 PRESETS = Path(__file__).parent / "presets"
+_ON_CPU = ".cpu"
 _GROUPS = tuple(group.name for group in dataclasses.fields(Config))
 _LISTS = {
     f"--{group.name}.{each.name}"
@@ -70,7 +72,7 @@ A default below counts where neither the preset nor what is chosen for a folder 
 
 
 def _presets() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    return sorted(path.stem for path in PRESETS.glob("*.yaml") if not path.stem.endswith(_ON_CPU))
 
 
 def _parser() -> _Parser:
@@ -128,7 +130,9 @@ def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
     return config, rest
 
 
-def parse(arguments: list[str] | None = None, choose: Choose | None = None) -> Config:
+def parse(
+    arguments: list[str] | None = None, choose: Choose | None = None, take_smaller: TakeSmaller | None = None
+) -> Config:
     """Read the command line into a checked `Config`.
 
     Args:
@@ -136,6 +140,8 @@ def parse(arguments: list[str] | None = None, choose: Choose | None = None) -> C
         choose: Asked for settings where the images are a folder's, or features: gets the config so far and the names
             "group.field" of what an option or a named file sets, and returns values by such names. They take the place
             of the defaults, and of the preset where none is named. None: another rank chooses for this one.
+        take_smaller: Asked where a preset has a file NAME.cpu.yaml beside it, with what a CPU can do: gets the config
+            so far, the file and the names that options set, and returns whether the file counts on top of the preset.
 
     Raises:
         UsageError: an unknown option, a value of the wrong type, or values that do not fit together.
@@ -151,6 +157,9 @@ def parse(arguments: list[str] | None = None, choose: Choose | None = None) -> C
             choices = choose(first, _asked(options, named))
             parser.set_defaults(choices or {})
             preset = [] if named is None else preset
+        smaller = PRESETS / f"{named}{_ON_CPU}.yaml"
+        if take_smaller is not None and smaller.is_file() and take_smaller(first, smaller, _asked(options, None)):
+            preset += ["--config", str(smaller)]
     config = _config(parser, preset + options)
     if choices is not None:
         check_course(config)
@@ -161,9 +170,14 @@ def _asked(options: list[str], named: str | None) -> frozenset[str]:
     """Return the names "group.field" that options or a named file set."""
     asked = {match[1] for option in options if (match := re.match(r"--(\w+\.\w+)", option))}
     if named is not None:
-        content = yaml.safe_load(Path(_find(named)).read_text(encoding="utf-8")) or {}
-        asked |= {f"{group}.{name}" for group, fields in content.items() for name in fields or ()}
+        asked |= settings_in(Path(_find(named))).keys()
     return frozenset(asked)
+
+
+def settings_in(file: Path) -> dict[str, Any]:
+    """Return the values that a YAML file sets, by names "group.field"."""
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    return {f"{group}.{name}": value for group, fields in content.items() for name, value in (fields or {}).items()}
 
 
 def _config(parser: _Parser, arguments: list[str]) -> Config:

@@ -44,7 +44,9 @@ def test_help_says_what_the_docstrings_say(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
 def test_a_preset_sets_what_it_says(preset: str) -> None:
-    config, written = parse(["--config", preset]), yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
+    named, _, smaller = preset.partition(".")
+    config = parse(["--config", named], lambda *_: {}, lambda *_: bool(smaller))
+    written = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
     for group, fields in written.items():
         for name, value in fields.items():
             assert getattr(getattr(config, group), name) == value, f"{group}.{name}"
@@ -57,6 +59,31 @@ def test_options_win_over_the_preset_wherever_they_stand(arguments: list[str]) -
     config = parse(arguments)
     assert config.optim.lr == 0.5
     assert config.model.backbone == "resnet18"
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_what_a_cpu_can_do_counts_on_top_of_a_preset_and_below_options(taken: bool) -> None:
+    seen = {}
+
+    def take_smaller(config: Config, smaller: Path, asked: frozenset[str]) -> bool:
+        seen[smaller.name] = config.run.device, asked
+        return taken
+
+    own = ["--train.epochs", "7", "--run.device=cpu"]
+    config = parse(["--config", "cifar10", *own], lambda *_: {}, take_smaller)
+    assert seen == {"cifar10.cpu.yaml": ("cpu", {"train.epochs", "run.device"})}
+    assert config.train.epochs == 7
+    assert (config.model.backbone, config.refine.epochs) == (("small_cnn", 0) if taken else ("resnet18", 100))
+    assert config.optim.schedule == "cosine"  # of the preset alone
+    parse(["--config", "cifar10-iic"], lambda *_: {}, take_smaller)  # published recipes stay as they are
+    parse(own, lambda *_: {}, take_smaller)
+    assert len(seen) == 1
+
+
+def test_what_a_cpu_can_do_is_no_preset_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert ".cpu" not in capsys.readouterr().out
 
 
 def test_the_yaml_of_a_config_reads_back(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from small_runs import write_digits
 
@@ -43,6 +44,25 @@ def run(images: Path, *options: str) -> Path:
 def images(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     return tmp_path / "images"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_preset_for_a_gpu_is_what_a_cpu_can_do_on_one(
+    device: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ResNet-18 for 450 epochs took weeks there."""
+    monkeypatch.setattr(command, "choose_device", lambda name, place: torch.device(device))
+    config, chosen = command.read(["--config", "cifar10", "--train.epochs", "9"], Place())
+    said = capsys.readouterr().out
+    assert {"model.backbone", "optim.lr"} <= chosen  # a run goes on with what it began with, also on another machine
+    assert "train.epochs" not in chosen
+    assert config.train.epochs == 9
+    if device == "cpu":
+        assert said.startswith("cifar10 on a CPU: ")
+        assert "model.backbone small_cnn, " in said
+        assert "epochs 40" not in said
+    else:
+        assert (config.model.backbone, said) == ("resnet18", "")
 
 
 def test_ten_good_files_of_a_hundred_are_ten_images(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
