@@ -6,6 +6,7 @@
 #         and the rest is added to it; else a virtual environment is made in VENV.
 # SEED    of the demo; RANKS of the demo.
 # OUTPUT  of make gpu, default benchmarks/results/gpu.json; COMMIT where the tree has no git.
+# CIFAR10 of make gpu: an archive or folder of its images to train on with the time that is left, again until it has ended.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -52,7 +53,7 @@ bench: $(STAMP)
 	$(PY) benchmarks/bench_augment.py
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(if $(OUTPUT),--output $(OUTPUT))
+	$(PYTHON) benchmarks/gpu.py $(if $(OUTPUT),--output $(OUTPUT)) $(if $(CIFAR10),--cifar10 $(CIFAR10))
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

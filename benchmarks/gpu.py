@@ -1,10 +1,12 @@
 """All that a CUDA GPU can say about this tree, in less than 9 minutes, without a network or an installation.
 
     make gpu PYTHON=python3         or: python3 benchmarks/gpu.py [--output FILE]
+    make gpu CIFAR10=cifar10-jpeg.tar.xz                    or: --cifar10 DATA; again until it has ended
 
 Builds the extension in place, runs the tests marked `gpu`, the benchmarks, a short training and compute-sanitizer,
-each in a process of its own and within a time limit, and writes one JSON after each step. Exit code 0: nothing
-failed; 1: a step failed; 2: no GPU here.
+each in a process of its own and within a time limit, and writes one JSON after each step. With CIFAR-10 what the JSON
+has of this commit and device is not done again, and `train_cifar10.py` gets what is left of the nine minutes.
+Exit code 0: nothing failed; 1: a step failed; 2: no GPU here; 75: CIFAR-10 goes on with the same command.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from train_cifar10 import UNFINISHED
+
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {
     "build": 140,
@@ -39,6 +43,8 @@ SECONDS = {
     "racecheck": 60,
 }
 """Share of each step; what one leaves over goes to the next ones. Together 525 s."""
+CIFAR10, LEAST_SECONDS = "cifar10", 60
+"""The step that takes what all others leave, if that is not too little to be worth a start."""
 BENCHMARKS = ("bench_iic", "bench_nt_xent", "bench_augment")
 WITH_RIVALS = ("bench_iic", "bench_nt_xent")
 LAST_WORDS = 8
@@ -325,8 +331,50 @@ def describe(name: str, result: dict[str, Any]) -> str:
     return f"{name:12}{result['status']:9}{', '.join(details)}"
 
 
-def run_all(output: Path, again: bool) -> bool:
-    """Run every step; return whether none failed."""
+def cifar10_step(data: Path, root: Path, seconds: float) -> Step:
+    """Train on CIFAR-10 for so long, or go on with it; see `train_cifar10`."""
+    script = [sys.executable, "benchmarks/train_cifar10.py", "--data", str(data.resolve()), "--root", str(root)]
+
+    def figures(output: str) -> dict[str, Any]:
+        result = root / "runs" / "cifar10" / "result.json"
+        return {"figures": json.loads(result.read_text())} if result.exists() else {}
+
+    return Step(CIFAR10, [*script, "--seconds", str(round(seconds))], figures=figures)
+
+
+def done_before(output: Path, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return the steps that a report of the same commit and device has, and that did not fail."""
+    try:
+        before = json.loads(output.read_text())
+    except (OSError, ValueError):
+        return {}
+    if any(before["provenance"].get(name) != provenance.get(name) for name in ("commit", "device")):
+        return {}
+    built = any((ROOT / "iic_dist").glob("_C*.so"))
+    kept = {name: result for name, result in before["steps"].items() if result["status"] in ("ok", "skipped")}
+    return kept if built else {name: result for name, result in kept.items() if name != "build"}
+
+
+def train_on_cifar10(data: Path, root: Path, deadline: float) -> dict[str, Any]:
+    """Give CIFAR-10 what is left of the time; "unfinished" where the same command goes on with it."""
+    left = deadline - time.monotonic() - 4 * LAST_WORDS  # it needs some to save
+    if left < LEAST_SECONDS:
+        return {"status": "unfinished", "reason": "no time was left: the same command again"}
+    result = run(cifar10_step(data, root, left), deadline)
+    if result["return_code"] == UNFINISHED:
+        result["status"] = "unfinished"
+    return result
+
+
+def run_all(output: Path, again: bool, cifar10: Path | None = None, root: Path = ROOT / "build" / "cifar10") -> int:
+    """Run every step; return the exit code.
+
+    Args:
+        output: JSON file of the report.
+        again: Leave out the build and the rivals.
+        cifar10: Archive or folder to train on in the end, with what was done before left out; None: it is not.
+        root: Folder of that training.
+    """
     started = time.monotonic()
     device, capability = find_gpu()
     from provenance import of as provenance_of
@@ -336,35 +384,49 @@ def run_all(output: Path, again: bool) -> bool:
     del provenance["extension"]  # it is still to be built; the benchmarks say which one they ran
     report: dict[str, Any] = {"provenance": provenance, "steps": results}
     deadline = started
+    before = {} if cifar10 is None else done_before(output, provenance)
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"{device}, compute capability {capability}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
+
+        def note(name: str, result: dict[str, Any]) -> None:
+            results[name] = result
+            report["seconds"] = round(time.monotonic() - started, 1)
+            output.write_text(json.dumps(report, indent=2) + "\n")
+            print(describe(name, result), flush=True)
+            if result["status"] == "failed" or name in (*BENCHMARKS, "doctor"):
+                print(result["output_tail"], flush=True)
+
+        results.update(before)
         for step in steps(Path(folder), capability, again):
+            if step.name in before:
+                continue
             deadline += SECONDS[step.name]
             try:
                 result = run(step, deadline)
             except OSError as error:  # the program is not there, or the disk is full
                 result = {"status": "failed", "reason": str(error), "output_tail": ""}
-            results[step.name] = result
-            report["seconds"] = round(time.monotonic() - started, 1)
-            output.write_text(json.dumps(report, indent=2) + "\n")
-            print(describe(step.name, result), flush=True)
-            if result["status"] == "failed" or step.name in (*BENCHMARKS, "doctor"):
-                print(result["output_tail"], flush=True)
+            note(step.name, result)
+        if cifar10 is not None:
+            note(CIFAR10, train_on_cifar10(cifar10, root, started + sum(SECONDS.values())))
     print(f"{report['seconds']} s; written to {output}")
-    return all(result["status"] != "failed" for result in results.values())
+    statuses = {result["status"] for result in results.values()}
+    return 1 if "failed" in statuses else UNFINISHED if "unfinished" in statuses else 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     parser.add_argument("--again", action="store_true", help="leave out the build and the rivals: 3 minutes")
+    parser.add_argument("--cifar10", type=Path, metavar="DATA", help="archive or folder of CIFAR-10's images")
     parser.add_argument("--small-shapes", choices=("all", "own"), help="only what compute-sanitizer looks at")
     options = parser.parse_args()
     if options.small_shapes:
         run_small_shapes(options.small_shapes == "all")
     else:
-        sys.exit(0 if run_all(options.output.resolve(), options.again) else 1)
+        if options.cifar10 is not None and not options.cifar10.exists():
+            parser.error(f"--cifar10 {options.cifar10}: there is no such file or folder")
+        sys.exit(run_all(options.output.resolve(), options.again, options.cifar10))
 
 
 if __name__ == "__main__":

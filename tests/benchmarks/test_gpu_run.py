@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -86,3 +87,57 @@ def test_what_compute_sanitizer_says() -> None:
     summary = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
     assert gpu.read_sanitizer(summary)["figures"]["summary"] == ["0 hazards displayed (0 errors, 0 warnings)"]
     assert gpu.read_sanitizer("========= Error: Device not supported.")["status"] == "skipped"
+
+
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let every step succeed at once; return the list that their names go into."""
+    ran: list[str] = []
+
+    def run(step: gpu.Step, deadline: float) -> dict[str, object]:
+        ran.append(step.name)
+        code = gpu.UNFINISHED if step.name == gpu.CIFAR10 else 0
+        return {"status": "failed" if code else "ok", "return_code": code, "seconds": 1, "output_tail": ""}
+
+    monkeypatch.setattr(gpu, "find_gpu", lambda: ("a GPU", "9.0"))
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr("provenance.of", lambda device: {"device": "a GPU", "commit": "1234", "extension": None})
+    return ran
+
+
+def test_cifar10_comes_last_and_goes_on_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, output = pretend_a_gpu(monkeypatch), tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "iic_dist").mkdir()
+    (tmp_path / "iic_dist" / "_C.so").touch()
+    assert gpu.run_all(output, False, tmp_path, tmp_path) == gpu.UNFINISHED
+    assert ran == [*gpu.SECONDS, gpu.CIFAR10]
+    ran.clear()
+    assert gpu.run_all(output, False, tmp_path, tmp_path) == gpu.UNFINISHED
+    assert ran == [gpu.CIFAR10]
+    report = json.loads(output.read_text())
+    assert report["steps"].keys() == {*gpu.SECONDS, gpu.CIFAR10}
+    assert report["steps"][gpu.CIFAR10]["status"] == "unfinished"
+    ran.clear()
+    (tmp_path / "iic_dist" / "_C.so").unlink()  # a fresh machine
+    gpu.run_all(output, False, tmp_path, tmp_path)
+    assert ran == ["build", gpu.CIFAR10]
+    ran.clear()
+    assert gpu.run_all(output, False) == 0  # without it, all is measured anew
+    assert ran == list(gpu.SECONDS)
+
+
+def test_steps_of_another_commit_are_done_again(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    output.write_text(json.dumps({"provenance": {"device": "a GPU", "commit": "1"}, "steps": {"x": {"status": "ok"}}}))
+    assert gpu.done_before(output, {"device": "a GPU", "commit": "1"}) == {"x": {"status": "ok"}}
+    assert gpu.done_before(output, {"device": "a GPU", "commit": "2"}) == {}
+    output.write_text("{")
+    assert gpu.done_before(output, {"device": "a GPU", "commit": "1"}) == {}
+
+
+def test_no_images_are_one_line(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--cifar10", str(tmp_path / "no.tar")], capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].endswith("no.tar: there is no such file or folder")
