@@ -180,14 +180,17 @@ def _of_folder(
 
 
 def _network(config: Config, device: torch.device) -> str:
-    """Name all that the features of a file depend on but the file."""
+    """Name all that the features of a file depend on but the file; the same for a new run and one that goes on."""
     model, data, views = config.model, config.data, config.views
+    own_size = None if views.size == data.image_size else views.size  # the config that a run keeps names both
+    evaluated = [] if views.evaluate_size in (None, views.size or data.image_size) else [views.evaluate_size]
     return json.dumps(
         [
             *(model.backbone, model.weights_digest, data.image_size, data.channels, data.resampling),
-            *(views.policy, views.size, views.crop_sides, views.sobel, views.mean, views.std),
+            *(views.policy, own_size, views.crop_sides, views.sobel, views.mean, views.std),
             *(config.train.precision, device.type, str(_kept_as(config)), data.max_pixels, DECODER),
             *(["truncated"] if data.truncated else []),  # what was kept before stays good
+            *evaluated,
         ]
     )
 

@@ -156,6 +156,23 @@ def test_what_is_kept_is_used_until_something_changes(
     assert extractions == [*[152] * 6, 151]
 
 
+def test_a_run_that_goes_on_takes_what_it_has_kept(
+    photographs: Path, weights: Path, tmp_path: Path, extractions: list[int]
+) -> None:
+    """Its config names the size of the views, which was left open before: all images were once looked at again."""
+
+    def load(*options: str) -> torch.Tensor:
+        config = config_of(f"folder:{photographs}", weights, tmp_path / "cache", *options)
+        return load_run_features(config, Place(), CPU).train.features.clone()
+
+    first = load()
+    assert torch.equal(load("--views.size", "64", "--views.evaluate_size", "64"), first)
+    assert extractions == [152]
+    # Once taken for the same: an evaluation sees other pixels.
+    assert not torch.equal(load("--views.evaluate_size", "32"), first)
+    assert extractions == [152] * 2
+
+
 def test_damage_and_what_a_killed_run_left_are_made_anew(
     photographs: Path, weights: Path, tmp_path: Path, extractions: list[int]
 ) -> None:
