@@ -230,7 +230,10 @@ class StagedRun(abc.ABC):
                     self._lap()
                     resume.save(folder, self.state_dict())
 
-            stage.run(after_each)
+            try:
+                stage.run(after_each)
+            finally:
+                self._lap()
             heads, self.sub_heads = stage.finish()
             self._neighbour_state, self.restarts, self.stage_done = None, {}, True
             adopt_heads(self.model, {name: head.to(self.device) for name, head in heads.items()})

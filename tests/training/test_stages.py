@@ -211,6 +211,30 @@ def test_a_signal_at_any_time_is_heeded_and_the_run_ends_alike(every: int, tmp_p
     assert every > 1 or ("neighbours", True) in seen  # the new heads were in the network, but not evaluated
 
 
+class _DuringNeighbours(StopSignals):
+    """Receives a signal when a run has taken steps on neighbours."""
+
+    run: Trainer
+
+    @property
+    def received(self) -> str | None:
+        return signal.Signals.SIGTERM.name if self.run.step >= 8 + 3 else None
+
+    @received.setter
+    def received(self, value: object) -> None:
+        pass
+
+
+def test_seconds_before_a_signal_count(tmp_path: Path) -> None:
+    """Those of a stage of neighbours that was stopped were once forgotten: 7 of 430 were reported."""
+    stopped, stop = trainer(), _DuringNeighbours()
+    stop.run = stopped
+    assert stopped.train(tmp_path, stop) is None
+    state = state_in(tmp_path)
+    assert state["stage"] == "neighbours"
+    assert state["train_seconds"] > state["stage_figures"]["representation"]["seconds"] + 0.005  # it is rounded to that
+
+
 def test_refinement_towards_labels_learns_from_sure_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The learner once took the loss of pairs there: nobody had told it."""
     asked = []
