@@ -24,6 +24,14 @@ TakeSmaller = Callable[[Config, Path, frozenset[str]], bool]
 PRESETS = Path(__file__).parent / "presets"
 _ON_CPU = ".cpu"
 _GROUPS = tuple(group.name for group in dataclasses.fields(Config))
+_SETTINGS = {
+    f"{group.name}.{each.name}"
+    for group in dataclasses.fields(Config)
+    for each in dataclasses.fields(getattr(Config(), group.name))
+}
+_LEFT_TO_IMAGES = {"data.image_size", "data.batch_size", "train.evaluate_batch_size"}
+"""What the images of a folder decide beside a preset that does not say it; all else of a preset is its recipe."""
+
 _LISTS = {
     f"--{group.name}.{each.name}"
     for group in dataclasses.fields(Config)
@@ -154,8 +162,9 @@ def parse(
     if choose is not None:
         first = _config(parser, preset + [option for option in options if not option.startswith("--print_config")])
         if first.data.name.startswith(("folder:", "features:")):
-            choices = choose(first, _asked(options, named))
-            parser.set_defaults(choices or {})
+            asked = _asked(options, named)
+            choices = choose(first, asked)
+            parser.set_defaults({name: value for name, value in (choices or {}).items() if name not in asked})
             preset = [] if named is None else preset
         smaller = PRESETS / f"{named}{_ON_CPU}.yaml"
         if take_smaller is not None and smaller.is_file() and take_smaller(first, smaller, _asked(options, None)):
@@ -167,10 +176,11 @@ def parse(
 
 
 def _asked(options: list[str], named: str | None) -> frozenset[str]:
-    """Return the names "group.field" that options or a named file set."""
+    """Return the names "group.field" that options or a named file set; a preset sets nearly all, by its defaults too."""
     asked = {match[1] for option in options if (match := re.match(r"--(\w+\.\w+)", option))}
     if named is not None:
         asked |= settings_in(Path(_find(named))).keys()
+        asked |= _SETTINGS - _LEFT_TO_IMAGES if (PRESETS / f"{named}.yaml").is_file() else set()
     return frozenset(asked)
 
 
