@@ -159,7 +159,8 @@ def predict(options: argparse.Namespace, place: Place) -> None:
     if not place.is_main:
         return
     agreement = found.prediction.agreement()
-    say(place, *_summary(found, agreement, run.num_clusters, names))
+    noun = "row" if run.takes_features else "image"
+    say(place, *_summary(found, agreement, run.num_clusters, names, noun))
     written = _write(options, found, agreement, run.num_clusters, names)
     say(place, f"written: {', '.join(map(str, written))}")
 
@@ -196,24 +197,24 @@ def _write(
 
 
 def _summary(
-    found: FolderPrediction, agreement: Tensor, num_clusters: int, names: Mapping[int, str] | None
+    found: FolderPrediction, agreement: Tensor, num_clusters: int, names: Mapping[int, str] | None, noun: str
 ) -> Iterable[str]:
-    """Say in some lines how many images went where, and what could not be read."""
+    """Say in some lines how many images, or what else `noun` says, went where, and what could not be read."""
     clusters, confidence = found.prediction.clusters, found.prediction.confidence
     used = int(clusters.unique().numel())
     others = found.prediction.sub_heads.shape[1] > 1
     agreed = f"{agreement.mean():.3f}" if others else "unknown of 1 sub-head"
     yield (
-        f"{counted(len(found.paths), 'image')} in {used} of {num_clusters} clusters; "
+        f"{counted(len(found.paths), noun)} in {used} of {num_clusters} clusters; "
         f"mean confidence {confidence.mean():.3f}, agreement {agreed}"
     )
     sizes = torch.bincount(clusters, minlength=num_clusters).tolist()
-    yield f"images of each cluster: {', '.join(f'{number}: {size}' for number, size in enumerate(sizes))}"
+    yield f"{noun}s of each cluster: {', '.join(f'{number}: {size}' for number, size in enumerate(sizes))}"
     if names:
         of_name = Counter[str]()
         for number, name in names.items():
             of_name[name] += sizes[number]
-        yield f"images of each name: {', '.join(f'{name}: {size}' for name, size in of_name.items())}"
+        yield f"{noun}s of each name: {', '.join(f'{name}: {size}' for name, size in of_name.items())}"
     if found.left_out:
         yield left_out_line(found.left_out)
     if found.unreadable:

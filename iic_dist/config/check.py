@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from iic_dist.config import HEADS, Config
+from iic_dist.data.features import noun_of
 from iic_dist.errors import UsageError
 from iic_dist.wording import counted
 
@@ -72,7 +73,8 @@ def doubt_about_clusters(config: Config, num_images: int) -> str | None:
     if config.of_features:
         where, batch = "neighbours.batch_size", config.neighbours.batch_size
     if k > num_images:
-        return f"model.num_clusters={k} of {counted(num_images, 'image')}: {k - num_images} or more will stay empty"
+        images = counted(num_images, noun_of(config.data.name))
+        return f"model.num_clusters={k} of {images}: {k - num_images} or more will stay empty"
     if k > batch:
         return f"model.num_clusters={k} is above {where}={batch}: no step sees all clusters, and they may stay unequal"
     return None

@@ -16,6 +16,7 @@ from torch import Tensor
 from iic_dist.data.cache import Contents, finish
 from iic_dist.data.listing import Unreadable
 from iic_dist.errors import UsageError
+from iic_dist.wording import counted
 
 PREFIX = "features:"
 
@@ -71,15 +72,21 @@ class Embedded:
     malformed: Unreadable
 
 
-def load_features(path: Path, labels: Path | None = None) -> FeatureSet:
+def noun_of(name: str) -> str:
+    """Say what a set of this `data.name` consists of: a row may be one of anything."""
+    return "row" if name.startswith(PREFIX) else "image"
+
+
+def load_features(path: Path, labels: Path | None = None, fewest: int = 2) -> FeatureSet:
     """Map features from a NumPy file.
 
     Every number is looked at once, a block at a time, and none is kept in memory.
 
     Args:
-        path: FILE.npy with (N, F) float16, float32 or float64, N at least 2.
+        path: FILE.npy with (N, F) float16, float32 or float64.
         labels: A file of N labels, for evaluation alone: whole numbers from 0 on, -1 for none, or words. Default:
             FILE.labels.npy, if it is there.
+        fewest: Rows that must be there; what is to be clustered needs 2.
 
     Raises:
         UsageError: there is no such file, it is damaged, of another shape or dtype, or holds NaN or Inf; or the labels
@@ -93,8 +100,9 @@ def load_features(path: Path, labels: Path | None = None) -> FeatureSet:
             f"{', '.join(_DTYPES)}, one row for each thing"
         )
     count, width = array.shape
-    if count < 2 or width < 1:
-        raise UsageError(f"features {str(path)!r}: {count} row(s) of {width} features: clusters need at least 2 rows")
+    if count < fewest or width < 1:
+        needed = "it is empty" if fewest < 2 else f"clusters need at least {fewest} rows"
+        raise UsageError(f"features {str(path)!r}: {counted(count, 'row')} of {counted(width, 'feature')}: {needed}")
     checksum = zlib.crc32(json.dumps([array.shape, array.dtype.name]).encode())
     for start, block in blocks(array):
         if not (finite := np.isfinite(block)).all():
@@ -141,12 +149,15 @@ def _open(path: Path, what: str) -> np.ndarray:
     """Map a .npy file; copy on write, because torch knows no memory that must not be written to."""
     if path.suffix != ".npy":
         raise UsageError(f"{what} {str(path)!r}: must be a file .npy, as numpy.save writes it")
+    if not path.is_file():
+        raise UsageError(f"{what} {str(path)!r}: {'is a folder' if path.is_dir() else 'there is no such file'}")
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+    except OSError as error:
+        raise UsageError(f"{what} {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:  # NumPy's own words tell how to run what may be in the file
         raise UsageError(
-            f"{what} {str(path)!r} cannot be read: not a .npy of numbers, or cut short ({reason})"
+            f"{what} {str(path)!r} cannot be read: not a .npy of numbers, or cut short; write it with numpy.save"
         ) from error
     if not isinstance(array, np.ndarray):
         raise UsageError(f"{what} {str(path)!r}: holds several arrays: save one with numpy.save")

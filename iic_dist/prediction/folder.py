@@ -21,6 +21,7 @@ from iic_dist.data.formats import MAX_PIXELS
 from iic_dist.data.listing import list_images
 from iic_dist.errors import UsageError
 from iic_dist.prediction.clusterer import Clusterer, Prediction
+from iic_dist.wording import counted
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,12 @@ def predict_rows(clusterer: Clusterer, file: Path) -> FolderPrediction:
     Raises:
         UsageError: there is no such file, or it does not hold features as the run's.
     """
-    features = load_features(file).features
+    features, width = load_features(file, fewest=1).features, clusterer.model.num_features
+    if features.shape[1] != width:
+        raise UsageError(
+            f"features {str(file)!r}: {counted(features.shape[1], 'column')}, and the run was trained on {width}: "
+            "were they made by another network?"
+        )
     return FolderPrediction(file, [str(row) for row in range(len(features))], clusterer.predict_features(features), [])
 
 

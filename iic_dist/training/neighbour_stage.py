@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iic_dist.config import Config
 from iic_dist.config.build import build_objectives
+from iic_dist.data.features import noun_of
 from iic_dist.errors import UsageError
 from iic_dist.evaluation.sub_heads import SubHeadRecord
 from iic_dist.losses import IICTerms
@@ -45,7 +46,8 @@ class NeighbourStage:
     ) -> None:
         asked, count = config.neighbours, len(features)
         if count < 3:
-            raise UsageError(f"{count} images have no neighbours to speak of: at least 3 are needed")
+            noun = noun_of(config.data.name)
+            raise UsageError(f"{count} {noun}s have no neighbours to speak of: at least 3 are needed")
         self.device, self.dtype, self.features = device, config.dtype, features
         self.space = fit_space(features, device, config.dtype, after_block)
         self.vectors = map_features(features, self.space, device, config.data.device_budget_gib)

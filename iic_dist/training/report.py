@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iic_dist.data.features import FeatureSet
+from iic_dist.data.features import FeatureSet, noun_of
 from iic_dist.data.image_set import ImageSet
 from iic_dist.evaluation import charts, mosaics
 from iic_dist.evaluation.evaluator import Evaluation, Evaluator
@@ -177,7 +177,8 @@ def show_embedding(
 def summary(result: Mapping[str, Any]) -> str:
     """Put result.json into two lines, or three where later stages have changed the figures."""
     lines = (
-        f"{printable(result['data'])}: {counted(result['num_images'], 'image')}, {result['num_clusters']} clusters, "
+        f"{printable(result['data'])}: {counted(result['num_images'], noun_of(result['data']))}, "
+        f"{result['num_clusters']} clusters, "
         f"{counted(result['epochs'], 'epoch')}, {counted(result['world_size'], 'rank')}, seed {result['seed']}, "
         f"{result['train_seconds']} s of training"
     )

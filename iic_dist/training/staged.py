@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from iic_dist import distributed
 from iic_dist.config import Config
-from iic_dist.data.features import FeatureSet
+from iic_dist.data.features import FeatureSet, noun_of
 from iic_dist.data.image_set import ImageSet
 from iic_dist.device import exact_device
 from iic_dist.distributed import Place
@@ -247,7 +247,8 @@ class StagedRun(abc.ABC):
         features, k = self.features(), self.config.neighbours.k
         others = len(features) - 1
         if others < k and self.place.is_main:
-            _logger.warning("%d images: neighbours.k=%d is taken as %d, all others", len(features), k, others)
+            noun = noun_of(self.config.data.name)
+            _logger.warning("%d %ss: neighbours.k=%d is taken as %d, all others", len(features), noun, k, others)
         stage = NeighbourStage(self.config, features, exact_device(self.device), lambda images: self._heed())
         self.neighbours = stage.neighbours
         if self._neighbour_state is not None:

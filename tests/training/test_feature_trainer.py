@@ -80,6 +80,12 @@ def test_the_run_clusters_other_features_and_refuses_others(of_file: Path, blobs
     assert found.paths[:2] == ["0", "1"]
     np.testing.assert_array_equal(found.prediction.embeddings.numpy(), np.load(blobs))
     assert len(clusterer.predict_features(torch.empty(0, 12))) == 0
+    one, other = tmp_path / "one.npy", tmp_path / "other.npy"
+    np.save(one, np.load(blobs)[:1])
+    assert predict_rows(clusterer, one).prediction.clusters.tolist() == found.prediction.clusters[:1].tolist()
+    np.save(other, np.zeros((3, 11), dtype=np.float32))
+    with pytest.raises(UsageError, match=r"other.npy': 11 columns, and the run was trained on 12: were they made by"):
+        predict_rows(clusterer, other)
     with pytest.raises(UsageError, match=r"\(3, 11\), torch.float32: must be \(M, 12\) floats"):
         clusterer.predict_features(torch.zeros(3, 11))
     with pytest.raises(UsageError, match="give them to predict_features"):
@@ -130,6 +136,7 @@ def test_several_k_and_k_means_with_the_recommended_one(
     assert result["num_clusters"] == 4
     assert result["stages"]["neighbours"]["kmeans_accuracy"] == 1.0
     said = capsys.readouterr().out
+    assert f"features:{blobs}: {len(np.load(blobs))} rows, 4 clusters" in said  # they were once called images
     assert "accuracy by stage: neighbours 1.0000 (k-means on the same features 1.0000)" in said
     assert iic_dist.load(folder).num_clusters == choose_k(folder, Place()).chosen.num_clusters == 4
 
@@ -172,8 +179,8 @@ def test_fewer_rows_than_clusters_or_neighbours_are_one_line_each(
     np.save(tmp_path / "rows.labels.npy", np.array([0, 1, 2, 0, 1]))
     folder = run(f"features:{tmp_path / 'rows.npy'}", tmp_path, "--neighbours.steps", "2", "--model.num_clusters", "6")
     assert (folder / "result.json").is_file()
-    assert "5 images: neighbours.k=15 is taken as 4, all others" in caplog.messages
-    assert "warning: model.num_clusters=6 of 5 images: 1 or more will stay empty" in caplog.messages
+    assert "5 rows: neighbours.k=15 is taken as 4, all others" in caplog.messages
+    assert "warning: model.num_clusters=6 of 5 rows: 1 or more will stay empty" in caplog.messages
 
 
 @pytest.fixture(scope="module")
