@@ -116,6 +116,9 @@ def _train_in(
     path = folder.path
     refuse_changes(folder, config, COMPLETED)
     config = with_weights(config, place, partial(say, place))
+    if config.pretrained:
+        where = config.model.weights or "in the cache of this machine"
+        say(place, f"weights of {config.model.backbone}: {where}, {config.model.weights_digest}")
     losses = choose_losses(config, device)
     try:
         trainer = _open(folder, config, chosen, place, device, stop)

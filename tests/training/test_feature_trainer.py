@@ -222,7 +222,9 @@ def test_the_projector_names_the_files(of_photographs: tuple[Path, Path]) -> Non
     assert len((shown / "tensors.tsv").read_text().splitlines()) == 60
 
 
-def test_a_run_is_repeated_from_its_config(of_photographs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_is_repeated_from_its_config(
+    of_photographs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Name and digest of the weights stand there, so that it is the same bit for bit or refused."""
     folder, _ = of_photographs
     before = folder.parent.parent / "weights.safetensors"
@@ -231,6 +233,7 @@ def test_a_run_is_repeated_from_its_config(of_photographs: tuple[Path, Path], tm
     assert (config.model.backbone, config.model.weights) == ("timm/test_convnext", str(before))
     assert config.model.weights_digest == digest(before)
     train(config, Place(), StopSignals())
+    assert f"weights of timm/test_convnext: {before}, {digest(before)}\n" in capsys.readouterr().out
     states = [checkpoint.load_newest(each / "checkpoints") for each in (folder, tmp_path / "run")]
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name]), name
