@@ -32,7 +32,7 @@ class IICTerms(NamedTuple):
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Nothing where autocast is off: to switch it off takes 3.5 us, of the 0.2 ms of a small batch, and twice a step."""
+    """Switch autocast off where it is on: else it would cost 3.5 us twice a step, which takes 0.2 ms for small batches."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
