@@ -176,7 +176,7 @@ def parse(
 
 
 def _asked(options: list[str], named: str | None) -> frozenset[str]:
-    """Return the names "group.field" that options or a named file set; a preset sets nearly all, by its defaults too."""
+    """Return the names "group.field" that options or a named file set; a preset sets nearly all, if by its defaults."""
     asked = {match[1] for option in options if (match := re.match(r"--(\w+\.\w+)", option))}
     if named is not None:
         asked |= settings_in(Path(_find(named))).keys()
