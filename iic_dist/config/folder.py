@@ -37,7 +37,7 @@ _ALL_EPOCHS = 10_000
 CPU_REASON = "what a CPU does in less than half an hour"
 _PHOTOGRAPH_SIDE = 64
 _LARGEST_SIDE, _LARGEST_ON_CPU = 96, 48
-_SMALL_SIDE, _SMALLEST_CONTRAST = 32, 16
+_SMALL_SIDE, _SMALLEST_CUT = 32, 16
 _FEWEST, _MOST_EPOCHS = {"small_cnn": 30, "resnet18": 50}, 400
 _CPU_IMAGES = 400_000
 """Images of 32 px that a CPU looks at in less than 30 minutes: 250 a second with small_cnn; larger ones take longer."""
@@ -80,7 +80,7 @@ def settings(
         if colour
         else Choice("digits", "gray: slight turns, shifts and changes of contrast, no mirror images")
     )
-    heads = _contrast_first(size, on_cpu) if colour or size >= _SMALLEST_CONTRAST else _gray_heads(largest)
+    heads = _contrast_first() if colour else _gray_heads(largest)
     return {
         "data.image_size": Choice(size, f"the median shorter side, from 8 to {largest_side}"),
         "data.batch_size": Choice(
@@ -101,6 +101,7 @@ def settings(
         "train.epochs": _epochs(count, 120_000 if small else 1_000_000, _FEWEST[backbone], size, on_cpu),
         "train.evaluate_batch_size": Choice(256, "little memory"),
         **heads,
+        **(_smaller_views(size) if on_cpu and size >= _SMALLEST_CUT else {}),
     }
 
 
@@ -150,17 +151,20 @@ def _gray_heads(num_clusters: int) -> dict[str, Choice]:
     }
 
 
-def _contrast_first(size: int, on_cpu: bool) -> dict[str, Choice]:
-    """Choose what the heads learn: contrast alone, then clusters from neighbours in the features."""
-    heads = {
+def _contrast_first() -> dict[str, Choice]:
+    """Choose what the heads learn from colour images: contrast alone, then clusters from neighbours in the features."""
+    return {
         "train.contrastive_warmup_epochs": Choice(_ALL_EPOCHS, "contrast alone, in all epochs"),
         "loss.temperature": Choice(0.2, "of the contrast"),
         NEIGHBOURS: Choice(STEPS, "then clusters, from each image and its nearest ones"),
     }
-    if on_cpu and size >= _SMALLEST_CONTRAST:
-        heads["views.size"] = Choice(3 * size // 4, "three quarters of the side take half the time")
-        heads["views.evaluate_size"] = Choice(size, "whole images at their own size")
-    return heads
+
+
+def _smaller_views(size: int) -> dict[str, Choice]:
+    return {
+        "views.size": Choice(3 * size // 4, "three quarters of the side take half the time"),
+        "views.evaluate_size": Choice(size, "whole images at their own size"),
+    }
 
 
 def frozen_settings(backbone: str) -> dict[str, Choice]:
@@ -222,8 +226,9 @@ def choose(
         "them, unless an option or a file says otherwise:"
     )
     for name, choice in choices.items():
-        say(f"  --{name} {choice.value} ".ljust(40) + choice.reason)
-    if choices["train.epochs"].reason == CPU_REASON:
+        if name not in asked:
+            say(f"  --{name} {choice.value} ".ljust(40) + choice.reason)
+    if choices["train.epochs"].reason == CPU_REASON and "train.epochs" not in asked:
         longer = 4 * choices["train.epochs"].value
         say(
             f"  (more time finds more: --train.epochs {longer} takes four times as long. Photographs want a GPU: "

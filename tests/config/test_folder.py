@@ -115,7 +115,8 @@ def test_options_and_files_win(tmp_path: Path) -> None:
     config, said = asked("--config", str(own), "--model.num_clusters", "3")
     assert (config.optim.lr, config.data.batch_size) == (0.5, 16)
     assert said
-    config, _ = asked("--config", "cifar10", *name)
+    config, said = asked("--config", "cifar10", *name)
+    assert "model.backbone" not in said  # what is not in force is not said
     assert (config.data.batch_size, config.data.image_size, config.train.epochs) == (512, 8, 450)
 
 
