@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +30,6 @@ class IICTerms(NamedTuple):
     joint: Tensor
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Switch autocast off where it is on; where it is not, that would cost 3.5 us, twice a step of 0.2 ms."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
-
-
 class _IICLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -47,7 +41,7 @@ class _IICLoss(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         ops: iic.Implementation,
     ) -> tuple[Tensor, ...]:
-        with _without_autocast(logits_a.device.type):  # it would round the joint's products
+        with torch.autocast(logits_a.device.type, enabled=False):  # it would round the joint's products
             sums, probs_a, probs_b = ops.iic_joint(logits_a, logits_b)
             distributed.all_reduce_sum(sums, group)
             information = iic.Information(*ops.iic_information(sums, logits_a.shape[2], entropy_weight))
@@ -67,7 +61,7 @@ class _IICLoss(torch.autograd.Function):
             return None, None, None, None, None, None
         if ctx.world_size > 1:
             grad_loss = grad_loss * ctx.world_size
-        with _without_autocast(grad_loss.device.type):
+        with torch.autocast(grad_loss.device.type, enabled=False):
             return *ctx.ops.iic_logits_grad(*ctx.saved_tensors, grad_loss), None, None, None, None
 
 
