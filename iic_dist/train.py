@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Set
 from functools import partial
@@ -166,7 +167,7 @@ def read(arguments: list[str] | None, place: Place) -> tuple[Config, set[str]]:
         if choose_device(config.run.device, place).type != "cpu":
             return False
         values = {name: value for name, value in settings_in(smaller).items() if name not in asked}
-        listed = ", ".join(f"{name} {str(value).lower()}" for name, value in values.items())
+        listed = ", ".join(f"{name} {json.dumps(value)}".replace('"', "") for name, value in values.items())
         say(place, f"{smaller.name.partition('.')[0]} on a CPU: {listed}")
         return True
 
