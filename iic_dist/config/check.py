@@ -30,17 +30,17 @@ def check(config: Config) -> None:
     batch = config.data.batch_size
     _require(batch >= 2, "data.batch_size", batch, "2 or more: one image alone has nothing to be told apart from")
     _check_heads(config)
-    refine = config.refine
-    if refine.epochs and not config.neighbours.steps:
-        raise UsageError(
-            f"refine.epochs={refine.epochs}: refines heads that neighbours.steps trains; set --neighbours.steps 1000"
-        )
-    _require(refine.confidence < 1, "refine.confidence", refine.confidence, "below 1")
+    _require(config.refine.confidence < 1, "refine.confidence", config.refine.confidence, "below 1")
 
 
 def check_course(config: Config) -> None:
     """Raise a UsageError where there is nothing to train, or nothing to cluster; counts for a command line's end."""
     data, model, epochs = config.data, config.model, config.train.epochs
+    if config.refine.epochs and not config.neighbours.steps:
+        raise UsageError(
+            f"refine.epochs={config.refine.epochs}: refines heads that neighbours.steps trains; "
+            "set --neighbours.steps 1000"
+        )
     features = data.name.startswith("features:")
     if features and epochs:
         raise UsageError(

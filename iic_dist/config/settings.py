@@ -219,17 +219,17 @@ class OptimConfig:
     """How the weights are updated.
 
     Attributes:
-        name: Optimizer.
+        name: Optimizer; muon makes the steps of the backbone's matrices orthogonal (lr 0.05), and is Adam elsewhere.
         lr: Learning rate.
         contrastive_lr: Learning rate of steps that train the contrastive head alone. Default: `lr`.
         schedule: Constant, or a cosine down to zero over the run.
         warmup_epochs: Epochs over which the learning rate rises linearly from zero.
         weight_decay: On weight matrices; not on biases and normalisation.
-        momentum: Of SGD.
+        momentum: Of SGD and Muon.
         clip_norm: Largest norm of the gradient; 0 = no limit.
     """
 
-    name: Literal["adam", "adamw", "sgd"] = "adam"
+    name: Literal["adam", "adamw", "sgd", "muon"] = "adam"
     lr: float = _above_0(1e-3)
     contrastive_lr: float | None = None
     schedule: Literal["constant", "cosine"] = "constant"

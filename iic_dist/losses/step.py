@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from iic_dist.losses.iic import IICTerms, iic_loss
@@ -23,7 +25,7 @@ class StepLosses:
         objectives: What each head with clusters is trained towards.
         temperature: Of the contrastive loss.
         impl: auto, fused or torch.
-        views: Views of each image, 1 + R; the contrastive loss takes the first two.
+        views: Views of each image, 1 + R; the contrastive loss is the mean over all pairs of them.
         world_size: Number of ranks, all with as many images.
         confidence: None, or the heads with clusters are trained on labels of their own: the second view towards the
             cluster of the first, where that is surer than this.
@@ -76,16 +78,16 @@ class StepLosses:
 
         if head in self.objectives:
             return clustering
-        finish = start_nt_xent_loss(
-            first,
-            second[:n],
-            temperature=self.temperature,
-            impl=self.impl,
-            shard_sizes=[n] * self.world_size,
-        )
+        views = outputs.split(n)
+        pairs = [
+            start_nt_xent_loss(
+                one, other, temperature=self.temperature, impl=self.impl, shard_sizes=[n] * self.world_size
+            )
+            for one, other in itertools.combinations(views, 2)
+        ]
 
         def contrastive() -> tuple[Tensor, IICTerms | Tensor]:
-            value = finish()
+            value = torch.stack([finish() for finish in pairs]).mean()
             return value, value.detach()
 
         return contrastive

@@ -95,7 +95,7 @@ class Learner:
             stop: Whether this rank was asked to stop.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_share", 1.0)
         self.guard.begin()
         inputs = [part for _, part in views]
         with self._autocast():

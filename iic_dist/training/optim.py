@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from iic_dist.errors import UsageError
+from iic_dist.models import SubHeads
+from iic_dist.training.muon import Muon
 
 
 def build_optimizer(
@@ -19,9 +21,9 @@ def build_optimizer(
     Fused ones are the fastest, and the only ones that can skip a step on the device's own word (`StepGuard`).
 
     Args:
-        name: adam, adamw or sgd.
-        lr: Learning rate, which the trainer overwrites in each step.
-        momentum: Of SGD.
+        name: adam, adamw, sgd, or muon, which is Adam for sub-heads: each of them is to go its own way.
+        lr: Learning rate, which the trainer overwrites in each step, times the group's "lr_share" if it has one.
+        momentum: Of SGD and Muon.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -38,7 +40,12 @@ def build_optimizer(
             for parameter in trained:  # torch would leave them uninitialised where it skips the first step
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
-    raise UsageError(f"optim.name={name!r}: must be adam, adamw or sgd")
+    if name == "muon":
+        heads = {id(p) for module in model.modules() if isinstance(module, SubHeads) for p in module.parameters()}
+        matrices = [p for p in groups[0]["params"] if id(p) not in heads]
+        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) in heads]
+        return Muon(matrices, groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    raise UsageError(f"optim.name={name!r}: must be adam, adamw, sgd or muon")
 
 
 def learning_rate(step: int, *, total_steps: int, base: float, schedule: str, warmup_steps: int = 0) -> float:

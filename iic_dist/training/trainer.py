@@ -118,6 +118,8 @@ class Trainer(StagedRun):
         for head in set(self.model.heads) - set(self.course.config.heads):
             del self.model.heads[head]
         self.learner = self._new_learner()
+        # With one second view, however many the first stage had.
+        self.inputs = Inputs(self.course.config, build_views(self.course.config, self.device), self.images)
         self.inputs.neighbours = self.neighbours
         self.sub_heads, self.restarts = self.learner.sub_heads, {}
 

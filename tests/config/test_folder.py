@@ -111,6 +111,8 @@ def test_options_and_files_win(tmp_path: Path) -> None:
     assert "--data.batch_size 16" in said
     config, _ = asked(*name, "--data.batch_size", "20", "--views.policy=simclr", "--data.image_size", "64")
     assert (config.data.batch_size, config.views.policy, config.data.image_size) == (20, "simclr", 64)
+    config, _ = asked(*name, "--refine.epochs", "2")  # of heads that are chosen too
+    assert (config.refine.epochs, config.neighbours.steps) == (2, 1000)
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump({"data": {"name": f"folder:{images}"}, "optim": {"lr": 0.5}}))
     config, said = asked("--config", str(own), "--model.num_clusters", "3")

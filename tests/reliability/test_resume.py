@@ -60,7 +60,9 @@ def trainer(options: list[str]) -> Recorded:
     return Recorded(config, RunData(images(), images()), Place(), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("options", [JOINT, TURNS], ids=["joint", "in turns"])
+@pytest.mark.parametrize(
+    "options", [JOINT, TURNS, [*JOINT, "--optim.name", "muon"]], ids=["joint", "in turns", "muon"]
+)
 @pytest.mark.parametrize("every", [pytest.param(9, id="some"), pytest.param(1, marks=pytest.mark.slow, id="all")])
 def test_a_run_that_dies_after_any_of_forty_steps_ends_alike(
     options: list[str], every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,13 +117,16 @@ def test_a_run_can_go_on_with_other_numbers_of_ranks(train_on: Callable[..., lis
     assert float((changing[0] - one).abs().max()) <= 1e-10
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "tolerance"),
+    [("float64", "sgd", 1e-10), ("float64", "muon", 1e-10), ("float32", "sgd", 1e-5), ("float32", "muon", 2e-4)],
+)
 def test_one_two_and_four_ranks_train_alike(
-    train_on: Callable[..., list[Tensor]], tmp_path: Path, precision: str, tolerance: float
+    train_on: Callable[..., list[Tensor]], tmp_path: Path, precision: str, optimizer: str, tolerance: float
 ) -> None:
     options = [
         *("--data.batch_size", "64", "--train.precision", precision, "--model.norm", "none"),
-        *("--model.sub_heads", "2", "--monitor.progress", "false", "--optim.name", "sgd", "--optim.lr", "0.01"),
+        *("--model.sub_heads", "2", "--monitor.progress", "false", "--optim.name", optimizer, "--optim.lr", "0.01"),
     ]
     [one] = train_on(1, options, str(tmp_path / "1"), 6)
     for world_size in (2, 4):

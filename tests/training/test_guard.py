@@ -40,7 +40,7 @@ class Small:
         return [value.clone() for value in (*floating, *states)]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "muon"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_step_that_is_not_finite_changes_nothing(optimizer: str, bad: float) -> None:
     """Also where it is the first, before the optimizer has a state."""

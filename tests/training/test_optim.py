@@ -28,7 +28,7 @@ def test_a_constant_rate_is_constant_after_the_warm_up() -> None:
         learning_rate(0, total_steps=5, base=3.0, schedule="linear")
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "muon"])
 def test_only_matrices_decay_and_frozen_parameters_stay(name: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[2].requires_grad_(False)

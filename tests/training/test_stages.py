@@ -251,6 +251,22 @@ def test_refinement_towards_labels_learns_from_sure_images(tmp_path: Path, monke
     assert len(asked) == 8
 
 
+def test_refinement_takes_one_second_view_however_many_the_first_stage_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of four views of an image were once split as if they were two."""
+    seen = []
+    plain = step_losses.self_label_loss
+
+    def recorded(first: torch.Tensor, second: torch.Tensor, **options: Any) -> Any:
+        seen.append((len(first), len(second)))
+        return plain(first, second, **options)
+
+    monkeypatch.setattr(step_losses, "self_label_loss", recorded)
+    trainer(*TOWARDS["labels"], "--views.repeats", "3", "--train.epochs", "1").train(tmp_path)
+    assert seen == [(12, 12)] * 8
+
+
 def test_the_last_stage_trains_the_network_and_the_selected_sub_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
