@@ -157,8 +157,8 @@ class ModelConfig:
     """The network: a backbone and up to three heads.
 
     Attributes:
-        backbone: small_cnn, resnet18, resnet34, iic_resnet34, iic_vgg4, mobilenet_v2, any torchvision model, or
-            timm/NAME for one of timm's.
+        backbone: small_cnn, medium_cnn, resnet18, resnet34, iic_resnet34, iic_vgg4, mobilenet_v2, a torchvision model,
+            or timm/NAME for one of timm's.
         norm: Normalisation of the project's own backbones.
         pretrained: Start from torchvision's ImageNet weights, or from timm's weights of that name: cached ones, or
             fetched ones.

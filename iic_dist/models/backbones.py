@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ With ImageNet weights they keep the 7x7 stem that these belong to.
 SMALL_CNN_WIDTH = 32
 """Channels of the first stage of small_cnn; its features have four times as many."""
 
-_OWN = ("small_cnn", "iic_vgg4", "iic_resnet34")
+_OWN = ("small_cnn", "medium_cnn", "iic_vgg4", "iic_resnet34")
 
 BACKBONE_NAMES = (*_OWN, "resnet18", "resnet34", "mobilenet_v2")
 """The names that the presets use and the documentation describes."""
@@ -128,6 +129,8 @@ def build_backbone(
         check_digest(file, weights_digest, name)
     if name == "small_cnn":
         net = _small_cnn(in_channels, image_size, norm, width or SMALL_CNN_WIDTH)
+    elif name == "medium_cnn":
+        net = _medium_cnn(in_channels, image_size, norm)
     elif name == "iic_vgg4":
         net = _iic_vgg4(in_channels, norm)
     elif name == "iic_resnet34":
@@ -165,12 +168,27 @@ def _small_cnn(in_channels: int, image_size: int, norm: Norm, width: int) -> nn.
     A 2x2 max-pool follows each width unless it would leave less than 4 px: 8 px are pooled once, from 16
     px on twice.
     """
+    return _plain_cnn(in_channels, image_size, norm, [factor * width for factor in (1, 1, 2, 2, 4)], (1, 3))
+
+
+def _medium_cnn(in_channels: int, image_size: int, norm: Norm) -> nn.Module:
+    """Five 3x3 convolutions of 48, 96, 96, 192, 192 channels, then the global average.
+
+    A 2x2 max-pool follows the first and the third unless it would leave less than 4 px, so that most of the work is
+    done on small maps with many channels.
+    """
+    return _plain_cnn(in_channels, image_size, norm, (48, 96, 96, 192, 192), (0, 2))
+
+
+def _plain_cnn(
+    in_channels: int, image_size: int, norm: Norm, channels: Sequence[int], pooled: Sequence[int]
+) -> nn.Module:
     layers: list[nn.Module] = []
-    channels, size = in_channels, image_size
-    for stage, factor in enumerate((1, 1, 2, 2, 4)):
-        layers += _conv_norm_relu(channels, factor * width, 3, norm)
-        channels = factor * width
-        if stage in (1, 3) and size // 2 >= 4:
+    before, size = in_channels, image_size
+    for place, after in enumerate(channels):
+        layers += _conv_norm_relu(before, after, 3, norm)
+        before = after
+        if place in pooled and size // 2 >= 4:
             layers.append(nn.MaxPool2d(2))
             size //= 2
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())

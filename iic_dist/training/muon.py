@@ -11,7 +11,7 @@ from torch import Tensor
 NEWTON_SCHULZ_STEPS = 3
 """Of the iteration that makes a matrix nearly orthogonal; three did as well as five."""
 
-ADAM_SHARE = 0.04
+ADAM_SHARE = 0.015
 """Learning rate of Adam's parameters, in learning rates of Muon."""
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -21,18 +21,20 @@ class Muon(torch.optim.AdamW):
     """Moves matrices along the nearest orthogonal matrix to their momentum, and other parameters as Adam does.
 
     Each direction that a layer could learn in gets a step of the same length, where the gradient of a convolution has a
-    few long ones. A kernel (out, in, h, w) is the matrix (out, in h w). As the fused optimizers of torch, it leaves all
-    as it is in a step in which the attribute `found_inf` is not 0, and does not wait for the device.
+    few long ones. A kernel (out, in, h, w) is the matrix (out, in h w), and keeps the Frobenius norm that it began
+    with, so that a step turns it by the same angle early and late. As the fused optimizers of torch, this one leaves
+    all as it is in a step in which its attribute `found_inf` is not 0, and does not wait for the device.
 
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; with three iterations and on
-    kernels as in their airbench for CIFAR-10.
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; with three iterations and
+    kernels of a constant norm as in their airbench for CIFAR-10.
 
     Args:
         matrices: Parameters of two and more dimensions, which get orthogonal steps.
         others: Groups for Adam, with `weight_decay`.
-        lr: Spectral norm of a step, about, times sqrt(rows / columns) where that is above 1; Adam's is ADAM_SHARE of it.
+        lr: Spectral norm of a step, about, times sqrt(rows / columns) where that is above 1; Adam's is ADAM_SHARE of
+            it.
         momentum: From 0 to below 1; Nesterov's.
-        weight_decay: Share of a matrix, times lr, that each step takes from it.
+        weight_decay: Share of a matrix, times lr, that each step takes from it; kernels get it back.
     """
 
     def __init__(
@@ -54,7 +56,10 @@ class Muon(torch.optim.AdamW):
             group["lr"] = lr * group["lr_share"]
             if group["orthogonal"]:
                 for parameter in group["params"]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                    state = self.state[parameter]
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                    if parameter.dim() > 2 and parameter.any():  # a kernel of zeros is to leave them
+                        state["norm"] = parameter.detach().norm()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state; Adam's own way, for states of old torch, would look for its count of steps in every one."""
@@ -80,12 +85,15 @@ class Muon(torch.optim.AdamW):
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            buffer = self.state[parameter]["momentum_buffer"]
+            state = self.state[parameter]
+            buffer = state["momentum_buffer"]
             mean = momentum * buffer + parameter.grad
             direction = orthogonal((parameter.grad + momentum * mean).flatten(1))
             rows, columns = direction.shape
             step = (lr * max(1.0, rows / columns) ** 0.5) * direction.view_as(parameter)
             new = parameter * (1 - lr * group["weight_decay"]) - step
+            if "norm" in state:
+                new *= state["norm"] / new.norm()
             if skipped is not None:  # what is not finite must not come through, so no product with 0
                 new, mean = torch.where(skipped, parameter, new), torch.where(skipped, buffer, mean)
             parameter.copy_(new)

@@ -26,6 +26,8 @@ def _images(batch: int, channels: int, size: int) -> torch.Tensor:
         ("small_cnn", 1, 8, 128),
         ("small_cnn", 2, 28, 128),
         ("small_cnn", 3, 32, 128),
+        ("medium_cnn", 1, 8, 192),
+        ("medium_cnn", 3, 32, 192),
         ("iic_vgg4", 1, 24, 512 * 3 * 3),
         ("iic_vgg4", 2, 16, 512 * 2 * 2),
         ("iic_resnet34", 2, 32, 512),
@@ -56,7 +58,9 @@ def test_shapes_and_gradients(name: str, channels: int, size: int, num_features:
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
-@pytest.mark.parametrize(("name", "size"), [("small_cnn", 8), ("iic_vgg4", 24), ("iic_resnet34", 32)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("small_cnn", 8), ("medium_cnn", 16), ("iic_vgg4", 24), ("iic_resnet34", 32)]
+)
 def test_every_parameter_learns_with_every_norm(name: str, size: int, norm: str) -> None:
     torch.manual_seed(0)
     backbone = build_backbone(name, in_channels=1, image_size=size, norm=norm)
@@ -67,7 +71,7 @@ def test_every_parameter_learns_with_every_norm(name: str, size: int, norm: str)
     assert silent == []
 
 
-@pytest.mark.parametrize("name", ["small_cnn", "iic_vgg4", "iic_resnet34", "resnet18"])
+@pytest.mark.parametrize("name", ["small_cnn", "medium_cnn", "iic_vgg4", "iic_resnet34", "resnet18"])
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 def test_rows_depend_on_each_other_through_batch_norm_only(name: str, norm: str) -> None:
     backbone = build_backbone(name, in_channels=1, image_size=16, norm=norm)
@@ -81,7 +85,7 @@ def test_rows_depend_on_each_other_through_batch_norm_only(name: str, norm: str)
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["small_cnn", "iic_vgg4", "iic_resnet34", "resnet18"])
+@pytest.mark.parametrize("name", ["small_cnn", "medium_cnn", "iic_vgg4", "iic_resnet34", "resnet18"])
 def test_norm_chooses_the_norm_modules(name: str) -> None:
     def kinds(norm: str) -> set[type]:
         modules = build_backbone(name, in_channels=1, image_size=16, norm=norm).modules()
@@ -131,6 +135,17 @@ def test_resnet_stem_follows_the_image_size() -> None:
 def test_small_cnn_pools_as_the_size_allows(size: int, pools: int) -> None:
     backbone = build_backbone("small_cnn", in_channels=1, image_size=size)
     assert sum(isinstance(module, nn.MaxPool2d) for module in backbone.modules()) == pools
+
+
+@pytest.mark.parametrize(("size", "maps"), [(8, [8, 4, 4, 4, 4]), (21, [21, 10, 10, 5, 5]), (32, [32, 16, 16, 8, 8])])
+def test_medium_cnn_works_on_small_maps(size: int, maps: list[int]) -> None:
+    backbone = build_backbone("medium_cnn", in_channels=1, image_size=size)
+    seen: list[tuple[int, int]] = []
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, __, out: seen.append((out.shape[1], out.shape[2])))
+    backbone(_images(2, 1, size))
+    assert seen == list(zip([48, 96, 96, 192, 192], maps, strict=True))
 
 
 def test_small_cnn_takes_a_width() -> None:

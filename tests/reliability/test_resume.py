@@ -60,9 +60,7 @@ def trainer(options: list[str]) -> Recorded:
     return Recorded(config, RunData(images(), images()), Place(), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    "options", [JOINT, TURNS, [*JOINT, "--optim.name", "muon"]], ids=["joint", "in turns", "muon"]
-)
+@pytest.mark.parametrize("options", [JOINT, TURNS, [*JOINT, "--optim.name", "muon"]], ids=["joint", "in turns", "muon"])
 @pytest.mark.parametrize("every", [pytest.param(9, id="some"), pytest.param(1, marks=pytest.mark.slow, id="all")])
 def test_a_run_that_dies_after_any_of_forty_steps_ends_alike(
     options: list[str], every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

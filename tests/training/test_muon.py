@@ -51,23 +51,33 @@ def test_matrices_move_as_torchs_muon_moves_them(monkeypatch: pytest.MonkeyPatch
         assert (a - b).norm() < 0.03 * (b - start).norm()
 
 
-def test_a_kernel_is_the_matrix_of_its_filters_in_any_layout() -> None:
+def test_a_kernel_is_the_matrix_of_its_filters_in_any_layout_and_keeps_its_norm() -> None:
     torch.manual_seed(0)
     kernel, matrix = nn.Conv2d(3, 40, 3, bias=False), nn.Linear(27, 40, bias=False)
     last = copy.deepcopy(kernel).to(memory_format=torch.channels_last)
     matrix.weight.data = kernel.weight.data.flatten(1).clone()
-    for step in range(2):
-        generator = torch.Generator().manual_seed(step)
-        gradient = torch.randn(40, 27, generator=generator)
-        for module in (kernel, matrix, last):
+    norm = matrix.weight.data.norm()
+    optimizers = [Muon(module.parameters(), [], lr=0.1) for module in (kernel, matrix, last)]
+    for step in range(3):
+        gradient = torch.randn(40, 27, generator=torch.Generator().manual_seed(step))
+        for module, optimizer in zip((kernel, matrix, last), optimizers, strict=True):
             module.weight.grad = gradient.view_as(module.weight).clone(memory_format=torch.preserve_format)
-        if step == 0:
-            optimizers = [Muon(module.parameters(), [], lr=0.1) for module in (kernel, matrix, last)]
-        for optimizer in optimizers:
             optimizer.step()
+        matrix.weight.data *= norm / matrix.weight.data.norm()
     assert torch.equal(kernel.weight.flatten(1), matrix.weight)
-    assert torch.equal(last.weight, kernel.weight)
+    torch.testing.assert_close(last.weight, kernel.weight)
+    torch.testing.assert_close(kernel.weight.norm(), norm)
     assert last.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_kernel_of_zeros_leaves_them() -> None:
+    kernel = nn.Conv2d(1, 2, 3, bias=False)
+    nn.init.zeros_(kernel.weight)
+    optimizer = Muon(kernel.parameters(), [], lr=0.1)
+    gradients(kernel, 0)
+    optimizer.step()
+    assert kernel.weight.isfinite().all()
+    assert kernel.weight.abs().max() > 0.01
 
 
 def test_vectors_and_sub_heads_get_adam() -> None:
