@@ -26,9 +26,9 @@ NEIGHBOURS, STEPS = "neighbours.steps", 1000
 CHOICES = frozenset(
     (
         *("data.image_size", "data.batch_size", "views.policy", "model.backbone", "model.pretrained"),
-        *("model.freeze_backbone", "model.num_overclusters", "model.projection_dim", "loss.entropy_weight", "optim.lr"),
-        *("optim.schedule", "train.epochs", "train.evaluate_batch_size", NEIGHBOURS),
-        *("train.contrastive_warmup_epochs", "loss.temperature", "views.size", "views.evaluate_size"),
+        *("model.freeze_backbone", "model.num_overclusters", "model.projection_dim", "loss.entropy_weight"),
+        *("optim.name", "optim.lr", "optim.schedule", "train.epochs", "train.evaluate_batch_size", NEIGHBOURS),
+        *("train.contrastive_warmup_epochs", "loss.temperature", "views.repeats", "views.size", "views.evaluate_size"),
     )
 )
 """All settings that may be chosen for some folder or features."""
@@ -38,9 +38,11 @@ CPU_REASON = "what a CPU does in less than half an hour"
 _PHOTOGRAPH_SIDE = 64
 _LARGEST_SIDE, _LARGEST_ON_CPU = 96, 48
 _SMALL_SIDE, _TINY_SIDE = 32, 16
-_FEWEST, _MOST_EPOCHS = {"small_cnn": 30, "resnet18": 50}, 400
-_CPU_IMAGES = 400_000
-"""Images of 32 px that a CPU looks at in less than 30 minutes: 250 a second with small_cnn; larger ones take longer."""
+_FEWEST, _MOST_EPOCHS = {"small_cnn": 30, "medium_cnn": 5, "resnet18": 50}, 400
+_ADAM_LR, _MUON_LR = {"small_cnn": 2e-3, "medium_cnn": 1e-3, "resnet18": 1e-3}, 0.14
+_REPEATS = 3
+_CPU_IMAGES = 200_000
+"""Images of 32 px that a CPU looks at in less than 30 minutes, in four views each: medium_cnn does 130 a second."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,13 @@ def settings(
     num_clusters: int | list[int] | None,
     world_size: int = 1,
     on_cpu: bool = False,
+    optimizer: str | None = None,
 ) -> dict[str, Choice]:
     """Choose settings, "group.field" by name.
 
     Args:
         found: What the images are like.
-        image_size, channels, num_clusters: What the user asked for, None where nothing.
+        image_size, channels, num_clusters, optimizer: What the user asked for, None where nothing.
         world_size: Ranks that share a batch.
         on_cpu: Whether a CPU is to do it.
     """
@@ -71,8 +74,11 @@ def settings(
     size = image_size or max(8, min(largest_side, found.side))
     colour = found.colour if channels is None else channels == 3
     small = size <= _SMALL_SIDE and not colour
-    backbone = "small_cnn" if small or on_cpu else "resnet18"
-    count = found.num_readable
+    light = "small_cnn" if size < _TINY_SIDE else "medium_cnn"
+    backbone = light if small or on_cpu else "resnet18"
+    optimizer = optimizer or ("muon" if backbone == "medium_cnn" else "adam")
+    several = backbone == "medium_cnn"
+    count, most = found.num_readable, 128 if several else 256
     largest = max(num_clusters) if isinstance(num_clusters, list) else num_clusters or 10
     kind = "in colour" if colour else "gray"
     policy = (
@@ -84,8 +90,8 @@ def settings(
     return {
         "data.image_size": Choice(size, f"the median shorter side, from 8 to {largest_side}"),
         "data.batch_size": Choice(
-            batch_size(count, world_size),
-            "256 or less, so that an epoch has eight steps, but 16 or more; each rank gets a power of two",
+            batch_size(count, world_size, most),
+            f"{most} or less, so that an epoch has eight steps, but 16 or more; each rank gets a power of two",
         ),
         "views.policy": policy,
         "model.backbone": Choice(
@@ -96,12 +102,16 @@ def settings(
         ),
         "model.projection_dim": Choice(128, "a contrastive head beside the clustering heads"),
         "loss.entropy_weight": Choice(2.0, "pushes towards clusters of equal size"),
-        "optim.lr": Choice(2e-3 if backbone == "small_cnn" else 1e-3, f"with Adam and {backbone}"),
+        "optim.name": Choice(
+            optimizer, "finds in minutes what Adam finds in an hour" if optimizer == "muon" else "usual"
+        ),
+        "optim.lr": Choice(_MUON_LR if optimizer == "muon" else _ADAM_LR[backbone], f"with {optimizer} and {backbone}"),
         "optim.schedule": Choice("cosine", "down to zero"),
         "train.epochs": _epochs(count, _images_seen(small, size), _FEWEST[backbone], size, on_cpu),
         "train.evaluate_batch_size": Choice(256, "little memory"),
         **heads,
         **(_smaller_views(size) if on_cpu and size >= _TINY_SIDE else {}),
+        **({"views.repeats": Choice(_REPEATS, "four views of an image teach more than two of two")} if several else {}),
     }
 
 
@@ -109,7 +119,7 @@ def _images_seen(small: bool, size: int) -> int:
     """Choose how many images are seen in all epochs together."""
     if not small:
         return 1_000_000
-    return 250_000 if size >= _TINY_SIDE else 120_000
+    return 75_000 if size >= _TINY_SIDE else 120_000
 
 
 def _epochs(num_images: int, seen: int, fewest: int, size: int, on_cpu: bool) -> Choice:
@@ -121,14 +131,14 @@ def _epochs(num_images: int, seen: int, fewest: int, size: int, on_cpu: bool) ->
     return Choice(epochs, f"about {seen:,} images seen, from {fewest} to {_MOST_EPOCHS} epochs")
 
 
-def batch_size(num_images: int, world_size: int) -> int:
+def batch_size(num_images: int, world_size: int, most: int = 256) -> int:
     """Choose the images of a step for so many images and ranks: the ranks times a power of two.
 
-    Not above 256 nor the images, except that each rank gets one, and one alone two; from 16 on so that an epoch has
+    Not above `most` nor the images, except that each rank gets one, and one alone two; from 16 on so that an epoch has
     eight steps.
     """
     batch = max(2, world_size)
-    while 2 * batch <= min(256, max(16, num_images // 8), num_images):
+    while 2 * batch <= min(most, max(16, num_images // 8), num_images):
         batch *= 2
     return batch
 
@@ -225,7 +235,9 @@ def choose(
     if backbone == DEFAULT and not asked & {"model.backbone", "model.pretrained", "model.weights"}:
         missing = what_is_missing(DEFAULT)
     if missing is not None or not choices:
-        choices = settings(found, data.image_size, data.channels, model.num_clusters, world_size, on_cpu)
+        # Who sets a learning rate alone means the usual optimizer.
+        optimizer = config.optim.name if asked & {"optim.name", "optim.lr"} else None
+        choices = settings(found, data.image_size, data.channels, model.num_clusters, world_size, on_cpu, optimizer)
     kind = "in colour" if found.colour else "gray"
     say(
         f"{data.name}: {counted(found.num_images, 'image')}, {kind}, {found.side} px at the "

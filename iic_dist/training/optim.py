@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,10 +27,13 @@ def build_optimizer(
         momentum: Of SGD and Muon.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    if name == "muon":
+        heads = {id(p) for module in model.modules() if isinstance(module, SubHeads) for p in module.parameters()}
+        turned = [p for p in matrices if id(p) not in heads]
+        groups = _groups([p for p in matrices if id(p) in heads], vectors, weight_decay)
+        return Muon(turned, groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    groups = _groups(matrices, vectors, weight_decay)
     if name == "adam":
         return torch.optim.Adam(groups, lr=lr, fused=True)
     if name == "adamw":
@@ -40,12 +44,11 @@ def build_optimizer(
             for parameter in trained:  # torch would leave them uninitialised where it skips the first step
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
-    if name == "muon":
-        heads = {id(p) for module in model.modules() if isinstance(module, SubHeads) for p in module.parameters()}
-        matrices = [p for p in groups[0]["params"] if id(p) not in heads]
-        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) in heads]
-        return Muon(matrices, groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
     raise UsageError(f"optim.name={name!r}: must be adam, adamw, sgd or muon")
+
+
+def _groups(matrices: list[nn.Parameter], vectors: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def learning_rate(step: int, *, total_steps: int, base: float, schedule: str, warmup_steps: int = 0) -> float:

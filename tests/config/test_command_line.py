@@ -73,7 +73,7 @@ def test_what_a_cpu_can_do_counts_on_top_of_a_preset_and_below_options(taken: bo
     config = parse(["--config", "cifar10", *own], lambda *_: {}, take_smaller)
     assert seen == {"cifar10.cpu.yaml": ("cpu", {"train.epochs", "run.device"})}
     assert config.train.epochs == 7
-    assert (config.model.backbone, config.refine.epochs) == (("small_cnn", 0) if taken else ("resnet18", 100))
+    assert (config.model.backbone, config.refine.epochs) == (("medium_cnn", 0) if taken else ("resnet18", 100))
     assert config.optim.schedule == "cosine"  # of the preset alone
     parse(["--config", "cifar10-iic"], lambda *_: {}, take_smaller)  # published recipes stay as they are
     parse(own, lambda *_: {}, take_smaller)

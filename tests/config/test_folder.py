@@ -48,7 +48,10 @@ def test_what_is_chosen() -> None:
     assert (photographs["data.image_size"], photographs["data.batch_size"]) == (96, 256)
     assert photographs["neighbours.steps"] == 1000
     assert digits["model.num_overclusters"] == 30
-    assert chosen(Survey(100, 100, 480, True), image_size=20, channels=1)["model.backbone"] == "small_cnn"
+    assert (digits["optim.name"], digits["optim.lr"]) == ("adam", 2e-3)
+    small = chosen(Survey(100, 100, 480, True), image_size=20, channels=1)
+    assert (small["model.backbone"], small["optim.name"], small["optim.lr"]) == ("medium_cnn", "muon", 0.14)
+    assert (photographs["optim.name"], photographs["optim.lr"]) == ("adam", 1e-3)
 
 
 def test_a_cpu_gets_what_it_can_do_in_half_an_hour() -> None:
@@ -56,17 +59,33 @@ def test_a_cpu_gets_what_it_can_do_in_half_an_hour() -> None:
     for found in (Survey(10_000, 256, 32, True), Survey(10_000, 256, 500, True), Survey(70_000, 256, 28, False)):
         here, there = chosen(found, on_cpu=True), chosen(found, on_cpu=False)
         pixels = found.num_images * here["train.epochs"] * here["data.image_size"] ** 2  # type: ignore[operator]
-        assert here["model.backbone"] == "small_cnn"
-        assert 0.9 * 400_000 * 32**2 < pixels < 1.1 * 400_000 * 32**2  # 250 images of 32 px a second
+        assert here["model.backbone"] == "medium_cnn"
+        assert 0.9 * 200_000 * 32**2 < pixels < 1.1 * 200_000 * 32**2  # 130 images of 32 px a second, in four views
         assert here["train.epochs"] < there["train.epochs"]  # type: ignore[operator]
     assert chosen(Survey(10**9, 256, 500, True), on_cpu=True)["train.epochs"] == 1
     small = Survey(1797, 256, 8, False)
     assert chosen(small, on_cpu=True) == chosen(small, on_cpu=False)
     photographs = chosen(Survey(10_000, 256, 32, True), on_cpu=True)
     assert (photographs["views.size"], photographs["views.evaluate_size"]) == (24, 32)
+    assert (photographs["views.repeats"], photographs["data.batch_size"]) == (3, 128)
     drawings = chosen(Survey(5000, 256, 28, False), on_cpu=True)
-    assert (drawings["train.epochs"], drawings["views.size"], drawings["neighbours.steps"]) == (50, 21, 1000)
+    assert (drawings["train.epochs"], drawings["views.size"], drawings["neighbours.steps"]) == (15, 21, 1000)
     assert drawings["model.num_overclusters"] == 30  # clusters and contrast together: 0.962, contrast alone 0.942
+
+
+def test_a_learning_rate_of_the_users_is_adams(tmp_path: Path) -> None:
+    """0.002 of Muon would be nothing, 0.14 of Adam too much."""
+    write_colours(tmp_path, 20)
+    name = ["--data.name", f"folder:{tmp_path}", "--data.image_size", "20", "--run.device", "cpu"]
+    for options, optimizer, rate in (
+        ([], "muon", 0.14),
+        (["--optim.lr", "0.002"], "adam", 0.002),
+        (["--optim.name", "adam"], "adam", 0.001),
+        (["--optim.name", "muon", "--optim.lr", "0.05"], "muon", 0.05),
+        (["--model.backbone", "resnet18"], "muon", 0.14),
+    ):
+        config, _ = asked(*name, *options)
+        assert (config.optim.name, config.optim.lr) == (optimizer, rate)
 
 
 def test_a_batch_is_never_more_than_the_images() -> None:
@@ -80,7 +99,7 @@ def test_a_batch_is_never_more_than_the_images() -> None:
         assert 2 <= batch <= max(2, min(256, count))
         assert batch & (batch - 1) == 0  # divides by 2, 4, 8 ranks
         assert 8 <= size <= 96
-        assert 30 <= epochs <= 400
+        assert 5 <= epochs <= 400
 
 
 def test_a_batch_divides_by_the_ranks_and_counts_what_can_be_read() -> None:
@@ -155,8 +174,8 @@ def test_what_more_time_would_bring_is_said_where_a_cpu_ends_early(tmp_path: Pat
     _, said = asked(*name)
     assert "takes four times as long" not in said  # 400 epochs of 20 images are done in no time
     config, said = asked(*name, "--data.image_size", "2000")
-    assert config.train.epochs == 5
-    assert "--train.epochs 20 takes four times as long" in said
+    assert config.train.epochs == 3
+    assert "--train.epochs 12 takes four times as long" in said
 
 
 def test_the_named_sets_are_left_alone() -> None:

@@ -71,7 +71,7 @@ def test_else_one_line_says_what_is_missing(photographs: Path, monkeypatch: pyte
     monkeypatch.setattr(folder, "what_is_missing", lambda name: f"weights of {name} are not here: fetch them")
     config, said = asked(photographs)
     assert not config.pretrained
-    assert config.model.backbone == ("resnet18" if torch.cuda.is_available() else "small_cnn")
+    assert config.model.backbone == ("resnet18" if torch.cuda.is_available() else "medium_cnn")
     assert config.train.epochs > 0
     (line,) = [line for line in said.splitlines() if "pretrained features" in line]
     assert (

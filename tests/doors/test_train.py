@@ -59,8 +59,8 @@ def test_a_preset_for_a_gpu_is_what_a_cpu_can_do_on_one(
     assert config.train.epochs == 9
     if device == "cpu":
         assert said.startswith("cifar10 on a CPU: ")
-        assert "model.backbone small_cnn, " in said
-        assert "epochs 40" not in said
+        assert "model.backbone medium_cnn, " in said
+        assert "train.epochs" not in said
     else:
         assert (config.model.backbone, said) == ("resnet18", "")
 
