@@ -93,20 +93,24 @@ class NoHostSync(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = digits_trainer("--optim.clip_norm", "1")
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_step_never_waits_for_the_device(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = digits_trainer("--optim.clip_norm", "1", "--optim.name", optimizer)
     # Adam on the CPU reads its own step counter, which on CUDA too stays on the host.
-    monkeypatch.setattr(trainer.learner.optimizer, "step", lambda: None)
+    if optimizer == "adam":
+        monkeypatch.setattr(trainer.learner.optimizer, "step", lambda: None)
+    else:
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     with NoHostSync():
         trainer.train_step(trainer.course.schedule.passes(0)[0], 0)
     with NoHostSync(), pytest.raises(AssertionError, match="waits for the device"):
         torch.ones(3).sum().item()
 
 
-@pytest.mark.parametrize("schedule", ["joint", "alternate"])
-def test_training_on_four_ranks_is_training_on_one(ranks: Ranks, schedule: str) -> None:
+@pytest.mark.parametrize(("schedule", "repeats"), [("joint", 1), ("joint", 3), ("alternate", 1)])
+def test_training_on_four_ranks_is_training_on_one(ranks: Ranks, schedule: str, repeats: int) -> None:
     arguments = [*TINY, "--data.batch_size", "64", "--train.precision", "float64", "--model.norm", "none"]
-    arguments += ["--train.schedule", schedule, "--optim.weight_decay", "0.01"]
+    arguments += ["--train.schedule", schedule, "--optim.weight_decay", "0.01", "--views.repeats", str(repeats)]
     one = rank_tasks.training_losses(0, None, arguments, 9)
     four = ranks.run(4, rank_tasks.training_losses, arguments, 9)
     for result in four:
