@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 NEWTON_SCHULZ_STEPS = 3
-"""Of the iteration that makes a matrix nearly orthogonal; three did as well as five."""
+"""Of the iteration that makes a matrix nearly orthogonal; three for kernels, as in airbench."""
 
 ADAM_SHARE = 0.015
 """Learning rate of Adam's parameters, in learning rates of Muon."""

@@ -30,8 +30,9 @@ def build_optimizer(
     matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     if name == "muon":
         heads = {id(p) for module in model.modules() if isinstance(module, SubHeads) for p in module.parameters()}
-        turned = [p for p in matrices if id(p) not in heads]
-        groups = _groups([p for p in matrices if id(p) in heads], vectors, weight_decay)
+        turned = [p for p in matrices if id(p) not in heads and p.dim() != 3]  # of three: a transformer's positions
+        kept = {id(p) for p in turned}
+        groups = _groups([p for p in matrices if id(p) not in kept], vectors, weight_decay)
         return Muon(turned, groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
     groups = _groups(matrices, vectors, weight_decay)
     if name == "adam":

@@ -80,9 +80,10 @@ def test_a_kernel_of_zeros_leaves_them() -> None:
     assert kernel.weight.abs().max() > 0.01
 
 
-def test_vectors_and_sub_heads_get_adam() -> None:
+def test_vectors_positions_and_sub_heads_get_adam() -> None:
     torch.manual_seed(0)
     mine = nn.ModuleDict({"backbone": nn.Conv2d(2, 4, 3), "heads": SubHeads(4, 3, 2)})
+    mine["backbone"].register_parameter("positions", nn.Parameter(torch.randn(1, 5, 4)))
     adam = copy.deepcopy(mine)
     optimizer = build_optimizer(mine, "muon", lr=0.05, weight_decay=0.1)
     other = build_optimizer(adam, "adamw", lr=0.05 * ADAM_SHARE, weight_decay=0.1)
@@ -92,7 +93,7 @@ def test_vectors_and_sub_heads_get_adam() -> None:
             each.step()
     theirs = dict(adam.named_parameters())
     same = {name for name, parameter in mine.named_parameters() if torch.equal(parameter, theirs[name])}
-    assert same == {"backbone.bias", "heads.linear.weight", "heads.linear.bias"}
+    assert same == {"backbone.bias", "backbone.positions", "heads.linear.weight", "heads.linear.bias"}
 
 
 def test_it_goes_on_from_its_state_bit_for_bit() -> None:
