@@ -219,7 +219,7 @@ class OptimConfig:
     """How the weights are updated.
 
     Attributes:
-        name: Optimizer; muon makes the steps of the network's matrices orthogonal (lr 0.14); sub-heads and vectors get AdamW.
+        name: Optimizer; muon makes the steps of matrices orthogonal (lr 0.14), but of sub-heads, which get AdamW.
         lr: Learning rate.
         contrastive_lr: Learning rate of steps that train the contrastive head alone. Default: `lr`.
         schedule: Constant, or a cosine down to zero over the run.
