@@ -178,13 +178,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for name in ("launch", "benchmarks", "iic_dist"):
         (folder / name).symlink_to(ROOT / name)
-    for name in ("photos", "new", "signs", "cells", "bin", "docs"):
+    for name in ("photos", "new", "signs", "clothes", "cells", "bin", "docs"):
         (folder / name).mkdir()
     (folder / "docs/draw_views.py").symlink_to(ROOT / "docs/draw_views.py")  # it writes beside itself
     write_colours(folder / "photos", 24)
     write_colours(folder / "new", 3)
     write_colours(folder / "cells", 24)
     write_digits(folder / "signs", 60)
+    write_digits(folder / "clothes", 60)
     np.save(folder / "features.npy", np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32))
     (folder / "names.csv").write_text("cluster,name\n0,warm\n1,cold\n", encoding="utf-8")
     for name in ("a.jpg", "b.png"):
