@@ -17,7 +17,11 @@ def _require(condition: bool, name: str, value: object, rule: str) -> None:
         raise UsageError(f"{name}={value!r}: must be {rule}")
 
 
-_BOUNDS = {"above 0": lambda value: value > 0, "0 or more": lambda value: value >= 0}
+_BOUNDS = {
+    "above 0": lambda value: value > 0,
+    "0 or more": lambda value: value >= 0,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+}
 
 
 def check(config: Config) -> None:

@@ -29,6 +29,7 @@ CHOICES = frozenset(
         *("model.freeze_backbone", "model.num_overclusters", "model.projection_dim", "loss.entropy_weight"),
         *("optim.name", "optim.lr", "optim.schedule", "train.epochs", "train.evaluate_batch_size", NEIGHBOURS),
         *("train.contrastive_warmup_epochs", "loss.temperature", "views.repeats", "views.size", "views.evaluate_size"),
+        "neighbours.whitening",
     )
 )
 """All settings that may be chosen for some folder or features."""
@@ -108,6 +109,7 @@ def settings(
         "train.epochs": _epochs(count, _images_seen(small, size), _FEWEST[backbone], size, on_cpu),
         "train.evaluate_batch_size": Choice(256, "little memory"),
         **heads,
+        "neighbours.whitening": Choice(0.75, "so that not a few features decide what is near"),
         **(_smaller_views(size) if on_cpu and size >= _TINY_SIDE else {}),
         **({"views.repeats": Choice(_REPEATS, "four views of an image teach more than two of two")} if several else {}),
     }

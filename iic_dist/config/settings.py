@@ -23,6 +23,11 @@ def _at_least_0(default: Any) -> Any:
     return field(default=default, metadata={"bound": "0 or more"})
 
 
+def _share(default: Any) -> Any:
+    """A field whose value must be from 0 to 1."""
+    return field(default=default, metadata={"bound": "from 0 to 1"})
+
+
 @dataclass
 class RunConfig:
     """Where the run lives and what it runs on.
@@ -287,6 +292,8 @@ class NeighboursConfig:
     Attributes:
         steps: Updates of the new heads; 0 = no such stage. 600 are right for most sets, 100 are worse than k-means.
         k: Neighbours of each image: the nearest by cosine, exact.
+        whitening: How much of their variance is first taken from the features, from 0 (none) to 1 (all): 0.75 for a
+            network trained on the images themselves, 0 for pretrained features.
         walk: Steps of the random walk from an image to its partner, each to one of the neighbours of the image before:
             the more, the less a cut through a cluster pays, and the less classes of few images are lost.
         partners: Of each image in a step.
@@ -301,6 +308,7 @@ class NeighboursConfig:
 
     steps: int = _at_least_0(0)
     k: int = _above_0(15)
+    whitening: float = _share(0.0)
     walk: int = _above_0(6)
     partners: int = _above_0(1)
     batch_size: int = _above_0(1024)

@@ -16,32 +16,42 @@ SCALE = 5.0
 
 
 class FeatureSpace(nn.Module):
-    """Maps features to vectors of one length: z = 5 n(n(f - mean) P - shift), with n(x) = x / |x|.
+    """Maps features to vectors of one length: z = 5 n(n((f - mean) A) P - shift), with n(x) = x / |x|.
 
     Args:
         mean: (F,), of the features that the space was made from.
-        projection: (F, D).
+        projection: P, (F, D).
         shift: (D,), the mean of what is projected.
+        whitening: A, (F, F); None is the identity.
 
     Raises:
         ValueError: these shapes do not fit together.
     """
 
-    def __init__(self, mean: Tensor, projection: Tensor, shift: Tensor) -> None:
+    def __init__(self, mean: Tensor, projection: Tensor, shift: Tensor, whitening: Tensor | None = None) -> None:
         super().__init__()
-        if projection.shape != (len(mean), len(shift)):
+        square = None if whitening is None else tuple(whitening.shape)
+        if projection.shape != (len(mean), len(shift)) or square not in (None, 2 * tuple(mean.shape)):
             shapes = ", ".join(str(tuple(value.shape)) for value in (mean, projection, shift))
-            raise ValueError(f"a space of mean, projection and shift {shapes}: must be (F,), (F, D), (D,)")
+            more = "" if square is None else f" and whitening {square}"
+            raise ValueError(
+                f"a space of mean, projection and shift {shapes}{more}: must be (F,), (F, D), (D,), (F, F)"
+            )
         # No buffers: those are averaged over the ranks in every step, as running statistics are.
         self.mean = nn.Parameter(mean, requires_grad=False)
         self.projection = nn.Parameter(projection, requires_grad=False)
         self.shift = nn.Parameter(shift, requires_grad=False)
+        self.whitening = None if whitening is None else nn.Parameter(whitening, requires_grad=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the vectors (B, D) of `features` (B, F), in the dtype of the space."""
         with torch.autocast(features.device.type, enabled=False):
-            directions = functional.normalize(features.to(self.mean.dtype) - self.mean)
-            return functional.normalize(directions @ self.projection - self.shift) * SCALE
+            return functional.normalize(self.directions(features) @ self.projection - self.shift) * SCALE
+
+    def directions(self, features: Tensor) -> Tensor:
+        """Return what is projected, n((f - mean) A), (B, F)."""
+        centred = features.to(self.mean.dtype) - self.mean
+        return functional.normalize(centred if self.whitening is None else centred @ self.whitening)
 
 
 class FeatureSubHeads(SubHeads):
@@ -104,7 +114,9 @@ def heads_of_state(state: Mapping[str, Tensor], clustering_heads: Mapping[str, i
         projection = state.get(f"heads.{name}.space.projection")
         if projection is not None:
             mean, shift = (torch.zeros_like(state[f"heads.{name}.space.{part}"]) for part in ("mean", "shift"))
-            space = FeatureSpace(mean, torch.zeros_like(projection), shift)
+            whitening = state.get(f"heads.{name}.space.whitening")
+            whitening = None if whitening is None else torch.zeros_like(whitening)
+            space = FeatureSpace(mean, torch.zeros_like(projection), shift, whitening)
             heads[name] = FeatureSubHeads(space, len(state[f"heads.{name}.linear.bias"]) // k, k)
     return heads
 

@@ -49,7 +49,7 @@ class NeighbourStage:
             noun = noun_of(config.data.name)
             raise UsageError(f"{count} {noun}s have no neighbours to speak of: at least 3 are needed")
         self.device, self.dtype, self.features = device, config.dtype, features
-        self.space = fit_space(features, device, config.dtype, after_block)
+        self.space = fit_space(features, device, config.dtype, after_block, asked.whitening)
         self.vectors = map_features(features, self.space, device, config.data.device_budget_gib)
         self.neighbours = find_neighbours(self.vectors, min(asked.k, count - 1), device, after_block)
         own = dataclasses.replace(

@@ -31,13 +31,13 @@ class Backbone(nn.Module):
         return self.layer(images)
 
 
-def space(f: int = 6, d: int = 4, seed: int = 0) -> FeatureSpace:
+def space(f: int = 6, d: int = 4, seed: int = 0, whitened: bool = False) -> FeatureSpace:
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return FeatureSpace(numbers(f), numbers(f, d), numbers(d))
+    return FeatureSpace(numbers(f), numbers(f, d), numbers(d), numbers(f, f) if whitened else None)
 
 
 def network() -> ClusterNet:
@@ -50,15 +50,19 @@ def network() -> ClusterNet:
 CLUSTERING = {"clustering_2": 2, "clustering_5": 5}
 
 
-def new_heads(sub_heads: int = 4) -> dict[str, FeatureSubHeads]:
+def new_heads(sub_heads: int = 4, whitened: bool = False) -> dict[str, FeatureSubHeads]:
     torch.manual_seed(1)
-    return {name: FeatureSubHeads(space(), sub_heads, k).double() for name, k in CLUSTERING.items()}
+    return {name: FeatureSubHeads(space(whitened=whitened), sub_heads, k).double() for name, k in CLUSTERING.items()}
 
 
-def test_the_space_is_its_equation(generator: torch.Generator) -> None:
-    features, of = torch.randn(9, 6, generator=generator, dtype=torch.float64), space()
+@pytest.mark.parametrize("whitened", [False, True])
+def test_the_space_is_its_equation(generator: torch.Generator, whitened: bool) -> None:
+    features, of = torch.randn(9, 6, generator=generator, dtype=torch.float64), space(whitened=whitened)
     mean, projection, shift = (value.detach().numpy() for value in (of.mean, of.projection, of.shift))
     centred = features.numpy() - mean
+    if of.whitening is not None:
+        centred = centred @ of.whitening.detach().numpy()
+    assert whitened == (of.whitening is not None)
     directions = centred / np.sqrt((centred**2).sum(1, keepdims=True))
     projected = directions @ projection - shift
     expected = 5 * projected / np.sqrt((projected**2).sum(1, keepdims=True))
@@ -141,7 +145,7 @@ def trained(stage: str) -> ClusterNet:
     """A network as a run leaves it after a stage."""
     model = network()
     if stage != "representation":
-        adopt_heads(model, new_heads())
+        adopt_heads(model, new_heads(whitened="whitened" in stage))
     if stage.startswith("refine"):
         keep_selected(model, {"clustering_2": 3, "clustering_5": 1})
     if stage == "refine alone":
@@ -149,7 +153,7 @@ def trained(stage: str) -> ClusterNet:
     return model
 
 
-@pytest.mark.parametrize("stage", ["representation", "neighbours", "refine", "refine alone"])
+@pytest.mark.parametrize("stage", ["representation", "neighbours", "neighbours, whitened", "refine", "refine alone"])
 def test_a_state_of_any_stage_is_read_into_the_network_that_the_run_began_with(
     stage: str, generator: torch.Generator
 ) -> None:
@@ -170,7 +174,7 @@ def test_heads_are_known_by_their_space() -> None:
     assert {name: head.shape for name, head in found.items()} == {"clustering_2": (4, 2), "clustering_5": (4, 5)}
 
 
-@pytest.mark.parametrize("stage", ["representation", "neighbours", "refine"])
+@pytest.mark.parametrize("stage", ["representation", "neighbours", "neighbours, whitened", "refine"])
 @pytest.mark.parametrize("wrong", ["a backbone of other width", "a key too many", "a head of other K"])
 def test_a_state_of_another_network_is_refused(stage: str, wrong: str) -> None:
     state = dict(trained(stage).state_dict())

@@ -53,15 +53,16 @@ def neighbours_of(rank: int, group: dist.ProcessGroup | None, vectors: Tensor, k
 
 
 def space_of(rank: int, group: dist.ProcessGroup | None, features: Tensor) -> list[Tensor]:
-    """Fit a space; return its three tensors."""
-    space = fit_space(features, CPU, torch.float64)
-    return [space.mean.data, space.projection.data, space.shift.data]
+    """Fit a space that is whitened in part; return its four tensors."""
+    space = fit_space(features, CPU, torch.float64, whitening=0.75)
+    assert space.whitening is not None
+    return [space.mean.data, space.projection.data, space.shift.data, space.whitening.data]
 
 
-def why_no_space(rank: int, group: dist.ProcessGroup | None, features: Tensor) -> str:
+def why_no_space(rank: int, group: dist.ProcessGroup | None, features: Tensor, whitening: float) -> str:
     """Return the error of features that have no space."""
     try:
-        fit_space(features, CPU)
+        fit_space(features, CPU, whitening=whitening)
     except ValueError as error:
         return str(error)
     return "no error"

@@ -19,10 +19,13 @@ from iic_dist.training.feature_space import fit_space, map_features
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def vectors_by_hand(features: np.ndarray) -> np.ndarray:
+def vectors_by_hand(features: np.ndarray, whitening: float = 0.0) -> np.ndarray:
     """What the space makes of its own features, up to a rotation; every pair of neighbours is written out."""
     n, f = features.shape
     directions = features - features.mean(0)
+    covariance = np.atleast_2d(np.cov(features.T, bias=True))
+    covariance += feature_space.RIDGE * np.trace(covariance) / f * np.eye(f)
+    directions @= np.real(scipy.linalg.fractional_matrix_power(covariance, -whitening / 2))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     k = min(feature_space.NEAREST, (n - 1) // 2)
     near = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine").fit(directions).kneighbors()[1]
@@ -41,25 +44,40 @@ def vectors_by_hand(features: np.ndarray) -> np.ndarray:
     return 5 * projected / np.linalg.norm(projected, axis=1, keepdims=True)
 
 
-def vectors_of(features: Tensor) -> Tensor:
+def vectors_of(features: Tensor, whitening: float = 0.0) -> Tensor:
     features = features.double()
-    return map_features(features, fit_space(features, CPU, torch.float64), CPU)
+    return map_features(features, fit_space(features, CPU, torch.float64, whitening=whitening), CPU)
 
 
+@pytest.mark.parametrize("whitening", [0.0, 0.75, 1.0])
 @pytest.mark.parametrize(("n", "f"), [(200, 12), (90, 1), (3, 2), (9, 4), (40, 60), (400, 300)])
-def test_the_space_is_that_of_the_generalised_eigenproblem(n: int, f: int) -> None:
+def test_the_space_is_that_of_the_generalised_eigenproblem(n: int, f: int, whitening: float) -> None:
     """Also one dimension, fewer images than dimensions, and more dimensions than are kept."""
     features = blobs(n, f)
-    made, expected = vectors_of(features).numpy(), vectors_by_hand(features.numpy())
+    made, expected = vectors_of(features, whitening).numpy(), vectors_by_hand(features.numpy(), whitening)
     np.testing.assert_allclose(made @ made.T, expected @ expected.T, rtol=0, atol=1e-9)
 
 
-def test_the_space_does_not_depend_on_parts_or_on_how_numbers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_whitening_forgets_the_units_of_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the ridge; without whitening the largest units decide what is near."""
+    monkeypatch.setattr(feature_space, "RIDGE", 1e-12)
+    features = blobs(400, 6).double()
+    units = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0, 0.7], dtype=torch.float64)
+    plain, other = vectors_of(features, 1.0), vectors_of(features * units, 1.0)
+    torch.testing.assert_close(other @ other.T, plain @ plain.T, rtol=0, atol=1e-6)
+    plain, other = vectors_of(features), vectors_of(features * units)
+    assert float((other @ other.T - plain @ plain.T).abs().max()) > 5.0  # of 25
+
+
+@pytest.mark.parametrize("whitening", [0.0, 0.75])
+def test_the_space_does_not_depend_on_parts_or_on_how_numbers_are_kept(
+    monkeypatch: pytest.MonkeyPatch, whitening: float
+) -> None:
     features = blobs(130, 9).half()
-    whole = vectors_of(features)
+    whole = vectors_of(features, whitening)
     monkeypatch.setattr(feature_space, "_ROWS", 32)
-    torch.testing.assert_close(vectors_of(features), whole, rtol=0, atol=1e-9)
-    single = fit_space(features, CPU)
+    torch.testing.assert_close(vectors_of(features, whitening), whole, rtol=0, atol=1e-9)
+    single = fit_space(features, CPU, whitening=whitening)
     assert single.projection.dtype == torch.float32
     made = map_features(features, single, CPU).double()
     torch.testing.assert_close(made @ made.T, whole @ whole.T, rtol=0, atol=1e-3)
@@ -97,8 +115,9 @@ def test_a_few_images_lie_on_different_points() -> None:
 
 @pytest.mark.parametrize("kind", ["same", "same in rounded numbers", "NaN", "infinite", "too large"])
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("whitening", [0.0, 0.75])
 def test_features_that_have_no_space_are_one_line_on_all_ranks(
-    pools: dict[int, Ranks], kind: str, world_size: int
+    pools: dict[int, Ranks], kind: str, world_size: int, whitening: float
 ) -> None:
     """An error of rank 0 alone would leave the others waiting."""
     features = blobs(40, 6).float()
@@ -108,7 +127,7 @@ def test_features_that_have_no_space_are_one_line_on_all_ranks(
         features *= 1e30
     else:
         features[7, 3] = torch.nan if kind == "NaN" else torch.inf
-    said = on(world_size, pools, neighbour_tasks.why_no_space, features)
+    said = on(world_size, pools, neighbour_tasks.why_no_space, features, whitening)
     wanted = "not finite" if kind in ("NaN", "infinite") else "all the same, or too large"
     assert all(wanted in each and "40 images" in each and "\n" not in each for each in said)
     assert len(set(said)) == 1
