@@ -19,6 +19,8 @@ from iic_dist.errors import UsageError
         (["--data.workers", "-1"], "data.workers=-1: must be 0 or more"),
         (["--data.device_budget_gib", "-2"], "data.device_budget_gib=-2.0: must be 0 or more"),
         (["--optim.lr", "-1"], "optim.lr=-1.0: must be above 0"),
+        (["--neighbours.whitening", "1.5"], "neighbours.whitening=1.5: must be from 0 to 1"),
+        (["--neighbours.whitening", "-0.1"], "neighbours.whitening=-0.1: must be from 0 to 1"),
         (["--optim.lr", "inf"], "optim.lr.*inf"),
         (["--loss.temperature", "0"], "loss.temperature=0.0"),
         (["--run.seed", "-3"], "run.seed=-3"),

@@ -47,6 +47,7 @@ def test_what_is_chosen() -> None:
     assert photographs["model.backbone"] == "resnet18"
     assert (photographs["data.image_size"], photographs["data.batch_size"]) == (96, 256)
     assert photographs["neighbours.steps"] == 1000
+    assert digits["neighbours.whitening"] == photographs["neighbours.whitening"] == 0.75  # of networks trained on them
     assert digits["model.num_overclusters"] == 30
     assert (digits["optim.name"], digits["optim.lr"]) == ("adam", 2e-3)
     small = chosen(Survey(100, 100, 480, True), image_size=20, channels=1)

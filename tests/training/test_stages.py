@@ -40,7 +40,7 @@ OPTIONS = [
     *("--refine.epochs", "2", "--refine.confidence", "0.4", "--monitor.log_every", "1"),
 ]
 TOWARDS = {
-    "labels": ["--refine.towards", "labels"],
+    "labels": ["--refine.towards", "labels", "--neighbours.whitening", "0.75"],
     "neighbours": ["--refine.towards", "neighbours", "--refine.contrastive", "0.5"],
 }
 
