@@ -298,8 +298,9 @@ class NeighboursConfig:
             the more, the less a cut through a cluster pays, and the less classes of few images are lost.
         partners: Of each image in a step.
         batch_size: Images in a step over all ranks.
-        sub_heads: Sub-heads of each new head that are left of four times as many, half of which started at random and
-            half at clusters of the graph of neighbours; the one of lowest loss over all images is selected.
+        sub_heads: Sub-heads of each new head that are left of five times as many: two of five started at random, two at
+            clusters of the graph of neighbours, one at those of k-means; the one of lowest loss over all images is
+            selected.
         entropy_weight: Weight w of the marginal entropies in their loss; 1 is mutual information, more pushes harder
             towards clusters of equal size. Random sub-heads explore, and a network is refined, with at least 2.
         lr: Learning rate of their AdamW, which falls to zero as a cosine.

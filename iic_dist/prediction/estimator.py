@@ -23,7 +23,7 @@ from iic_dist.models.fourier_features import FourierFeatures, draw_frequencies
 from iic_dist.training.feature_space import find_neighbours, fit_space, map_features
 from iic_dist.training.head_plan import HeadTraining
 from iic_dist.training.neighbours import NeighbourTraining
-from iic_dist.training.starts import GraphStarts
+from iic_dist.training.starts import ClusterStarts
 
 FEW_COLUMNS = 16
 """Up to so many columns `kernel="auto"` compares rows by their distance."""
@@ -38,9 +38,9 @@ class IICClustering(ClusterMixin, BaseEstimator):
 
     What stage *neighbours* of a run does: a projection in which rows are most like their neighbours, the nearest
     neighbours there, and heads trained together by the IIC loss on pairs of a row and the end of a random walk from
-    neighbour to neighbour. They start at random and at clusters of the graph of neighbours; of four times `n_init` the
-    better ones go on, and the one of lowest loss over all walks is taken. Columns are neither scaled nor weighted.
-    Clusters are numbered by size, largest first.
+    neighbour to neighbour. They start at random, at clusters of the graph of neighbours and at those of k-means; of
+    five times `n_init` the better ones go on, and the one of lowest loss over all walks is taken. Columns are neither
+    scaled nor weighted. Clusters are numbered by size, largest first.
 
     Args:
         n_clusters: K.
@@ -217,7 +217,7 @@ class IICClustering(ClusterMixin, BaseEstimator):
             {_HEAD: Objective(self.entropy_weight)},
             settings,
             device,
-            GraphStarts(vectors, neighbours, seed),
+            ClusterStarts(vectors, neighbours, seed),
         )
         while training.step < self.n_steps:
             training.train_step()

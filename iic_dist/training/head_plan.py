@@ -11,7 +11,10 @@ FIRST_DEVIATION = 0.58
 """Of the first weights, times the root of the width: random heads that are sure at once stop early."""
 
 POOL = 2
-"""Random heads for each that is left in the end; as many start at clusters of the graph."""
+"""Random heads for each that is left in the end."""
+
+STARTED = 3
+"""Heads for each that is left in the end that start at clusters, and join when the random ones have explored."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ class Phase:
 
 
 def plan(steps: int) -> list[Phase]:
-    """Return the phases of so many steps: random heads; with those of the graph; the better half; the best."""
+    """Return the phases of so many steps: random heads; others that start at clusters too; the better; the best."""
     return [
         Phase(0, POOL, explores=True),
-        Phase(int(0.25 * steps), 2 * POOL),
+        Phase(int(0.25 * steps), POOL + STARTED),
         Phase(int(0.40 * steps), POOL),
         Phase(int(0.60 * steps), 1),
     ]

@@ -19,7 +19,7 @@ from iic_dist.models.feature_heads import FeatureSubHeads
 from iic_dist.training.feature_space import find_neighbours, fit_space, map_features
 from iic_dist.training.head_plan import HeadTraining
 from iic_dist.training.neighbours import NeighbourTraining
-from iic_dist.training.starts import GraphStarts
+from iic_dist.training.starts import ClusterStarts
 
 
 class NeighbourStage:
@@ -72,7 +72,7 @@ class NeighbourStage:
                 impl=config.loss.impl,
             ),
             device,
-            GraphStarts(self.vectors, self.neighbours, config.run.seed),
+            ClusterStarts(self.vectors, self.neighbours, config.run.seed),
         )
 
     def run(self, after_each: Callable[[int, Mapping[str, IICTerms]], None]) -> None:

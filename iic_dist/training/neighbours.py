@@ -46,8 +46,8 @@ def draw_partners(neighbours: Tensor, images: Tensor, seed: int, epoch: int, cou
 class NeighbourTraining:
     """Trains sub-heads on neighbours; every rank makes one, on the same vectors.
 
-    Random heads explore; then others come in that start at clusters of the graph of neighbours, all are trained on
-    partners by random walks, and of a growing part of the steps the better ones by the loss over all images remain.
+    Random heads explore; then others come in that start at clusters, all are trained on partners by random walks, and
+    of a growing part of the steps the better ones by the loss over all images remain.
 
     Step s takes the s-th slice of the permutations of (seed, 0), (seed, 1), ..., each rank its part; the partners of an
     image are a function of (seed, step, image). Nothing depends on the number of ranks.
@@ -60,7 +60,7 @@ class NeighbourTraining:
         settings: How.
         device: Where to compute.
         starts: Gives for K and a number S of sub-heads the weights (S, K, D) that they start at, the same on all ranks,
-            which call it together; see `GraphStarts`. None: all start at random.
+            which call it together; see `ClusterStarts`. None: all start at random.
 
     Attributes:
         step: Updates done.
@@ -257,8 +257,8 @@ class NeighbourTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
         self.step = state["step"]
-        pool = self.plan[state["phase"]].pool
-        self._take(state["phase"], {name: self._random(name, pool * h) for name, (h, _) in self.shapes.items()})
+        sizes = {name: len(state["heads"][f"{name}.linear.bias"]) // k for name, (_, k) in self.shapes.items()}
+        self._take(state["phase"], {name: self._random(name, size) for name, size in sizes.items()})
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
 

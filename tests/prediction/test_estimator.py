@@ -149,7 +149,7 @@ def test_it_finds_what_the_stage_of_a_run_finds() -> None:
     from iic_dist.training.feature_space import find_neighbours, fit_space, map_features
     from iic_dist.training.head_plan import HeadTraining
     from iic_dist.training.neighbours import NeighbourTraining
-    from iic_dist.training.starts import GraphStarts
+    from iic_dist.training.starts import ClusterStarts
 
     X, cpu = small_blobs(np.float32), torch.device("cpu")
     features = torch.from_numpy(X)
@@ -157,7 +157,7 @@ def test_it_finds_what_the_stage_of_a_run_finds() -> None:
     vectors = map_features(features, space, cpu)
     settings = HeadTraining(steps=50, partners=1, walk=6, batch_size=1024, lr=5e-3, weight_decay=1e-2, seed=3)
     near = find_neighbours(vectors, 10, cpu)
-    starts = GraphStarts(vectors, near, 3)
+    starts = ClusterStarts(vectors, near, 3)
     training = NeighbourTraining(vectors, near, {"c": (8, 4)}, {"c": Objective(1.0)}, settings, cpu, starts)
     while training.step < 50:
         training.train_step()

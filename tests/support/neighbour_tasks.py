@@ -16,7 +16,7 @@ from iic_dist.training import feature_space, neighbours
 from iic_dist.training.feature_space import find_neighbours, fit_space
 from iic_dist.training.head_plan import HeadTraining
 from iic_dist.training.neighbours import NeighbourTraining
-from iic_dist.training.starts import GraphStarts
+from iic_dist.training.starts import ClusterStarts
 
 CPU = torch.device("cpu")
 PRIOR = torch.tensor([1.0, 2, 2, 3], dtype=torch.float64)
@@ -75,7 +75,7 @@ def settings(**changes: Any) -> HeadTraining:
 
 
 def training(vectors: Tensor, near: Tensor, **changes: Any) -> NeighbourTraining:
-    starts = GraphStarts(vectors, near, 3)
+    starts = ClusterStarts(vectors, near, 3)
     return NeighbourTraining(vectors, near, SHAPES, OBJECTIVES, settings(**changes), CPU, starts)
 
 
@@ -103,7 +103,7 @@ def trained(
 
 def started(rank: int, group: dist.ProcessGroup | None, vectors: Tensor, near: Tensor) -> Tensor:
     """Return where heads of four clusters start."""
-    return GraphStarts(vectors, near, 3)(4, 6)
+    return ClusterStarts(vectors, near, 3)(4, 6)
 
 
 def why_no_training(rank: int, group: dist.ProcessGroup | None, count: int) -> str:

@@ -20,7 +20,7 @@ from iic_dist.models.feature_heads import FeatureSpace
 from iic_dist.ops.nearest import nearest
 from iic_dist.training.neighbour_stage import NeighbourStage
 from iic_dist.training.neighbours import draw_partners
-from iic_dist.training.starts import GraphStarts
+from iic_dist.training.starts import ClusterStarts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,7 +133,7 @@ def test_a_walk_goes_from_neighbour_to_neighbour() -> None:
 
 
 def test_each_phase_has_its_sub_heads_and_the_best_remain() -> None:
-    """Of 12 and 8 sub-heads: half at random, then all, the better half, the best quarter."""
+    """Of three that are left: twice as many at random, five times as many, the best six, the best three."""
     vectors, near = features_and_neighbours()
     heads = training(vectors, near, steps=20)
     counts, kept = [], []
@@ -144,14 +144,14 @@ def test_each_phase_has_its_sub_heads_and_the_best_remain() -> None:
         counts.append(heads.heads["clustering"].shape[0])
         if before is not None:
             kept.append((before, old, heads.heads["clustering"].linear.weight.detach().clone()))
-    assert counts == [6] * 5 + [12] * 3 + [6] * 4 + [3] * 8
-    for losses, old, new in kept:
-        best = losses.argsort()[: len(losses) // 2].sort().values
+    assert counts == [6] * 5 + [15] * 3 + [6] * 4 + [3] * 8
+    for (losses, old, new), left in zip(kept, (6, 3), strict=True):
+        best = losses.argsort()[:left].sort().values
         chosen = old.unflatten(0, (-1, 4))[best].flatten(0, 1)
         assert float((chosen - new).abs().max()) < 6e-3  # one step of AdamW on
 
 
-def test_heads_of_the_graph_start_behind_the_random_ones() -> None:
+def test_heads_at_clusters_start_behind_the_random_ones() -> None:
     vectors, near = features_and_neighbours()
     heads = training(vectors, near, steps=20)
     for _ in range(5):
@@ -160,7 +160,7 @@ def test_heads_of_the_graph_start_behind_the_random_ones() -> None:
     heads._go_on()
     joined = heads.heads["clustering"].linear
     assert torch.equal(joined.weight[:24], random)
-    assert torch.equal(joined.weight[24:], GraphStarts(vectors, near, 3)(4, 6).flatten(0, 1))
+    assert torch.equal(joined.weight[24:], ClusterStarts(vectors, near, 3)(4, 9).flatten(0, 1))
     assert not joined.bias[24:].any()
 
 
