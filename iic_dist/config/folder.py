@@ -251,7 +251,7 @@ def choose(
         longer = 4 * choices["train.epochs"].value
         say(
             f"  (more time finds more: --train.epochs {longer} takes four times as long. CIFAR-10 from scratch came to "
-            "0.49 in 54 minutes of one core, and to 0.56 in 6 minutes of a GPU, after 162 epochs of a ResNet-18)"
+            "0.52 in 58 minutes of one core, and to 0.56 in 6 minutes of a GPU, after 162 epochs of a ResNet-18)"
         )
     if missing is not None:
         say(f"  (pretrained features would sort photographs better, but {missing}. Training from scratch instead)")
