@@ -26,7 +26,7 @@ POWER = 2.0
 """Of the correlations, by which directions shrink."""
 
 RIDGE = 1e-2
-"""Share of the mean variance that is added to all, before they are divided by."""
+"""Share of the mean variance that is added to all variances before anything is divided by them."""
 
 _ROWS = 8192  # features that are looked at together
 _ROTATION = 2**31 + 1  # the "view" of the random numbers that turn the space; no image has so many views
