@@ -257,8 +257,8 @@ class NeighbourTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
         self.step = state["step"]
-        sizes = {name: len(state["heads"][f"{name}.linear.bias"]) // k for name, (_, k) in self.shapes.items()}
-        self._take(state["phase"], {name: self._random(name, size) for name, size in sizes.items()})
+        pool = self.plan[state["phase"]].pool
+        self._take(state["phase"], {name: self._random(name, pool * h) for name, (h, _) in self.shapes.items()})
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
 
